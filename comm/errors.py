@@ -1,0 +1,30 @@
+"""What communication can fail with, as types that a caller can catch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class CommError(RuntimeError):
+    """A named operation of the communication layer failed on this rank.
+
+    Attributes: operation (its name, such as "allreduce/bucket0"), missing_ranks (those that died, stopped, were cut
+    off or did not reach the operation; empty when none is known).
+    """
+
+    def __init__(self, message: str, *, operation: str, missing_ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.operation = operation
+        self.missing_ranks = tuple(missing_ranks)
+
+
+class PeerLostError(CommError):
+    """One or more ranks are gone: their process died, was stopped, or cannot be reached."""
+
+
+class PeerLateError(CommError):
+    """Every rank is alive, but at least one had not reached the operation by its deadline."""
+
+
+class PeerFailedError(CommError):
+    """A rank left the job and said why: it raised an exception of its own."""
