@@ -153,9 +153,7 @@ def _mpi_place(launcher: Launcher, rank: int, size: int, environ: Mapping[str, s
         local_size = _integer(launcher, launcher.local_size, environ, low=1, high=size)
         local_rank = _integer(launcher, launcher.local_rank, environ, high=local_size - 1)
         addr, port = environ["MASTER_ADDR"], _port(launcher, environ)
-        return Place(
-            launcher.name, rank, size, local_rank, local_size, None, addr, port, interface=_interface(environ)
-        )
+        return Place(launcher.name, rank, size, local_rank, local_size, None, addr, port, interface=_interface(environ))
     from thinwire.launch import mpi
 
     try:
@@ -222,9 +220,7 @@ def _refuse_allocation_without_srun(environ: Mapping[str, str]) -> None:
         )
 
 
-def _check_agreement(
-    inner: Launcher, outer: Launcher, rank: int, size: int, environ: Mapping[str, str]
-) -> None:
+def _check_agreement(inner: Launcher, outer: Launcher, rank: int, size: int, environ: Mapping[str, str]) -> None:
     """Refuse two launchers that disagree about who this process is, unless one has rightly started the other."""
     if inner.is_mpi and outer.name == "slurm":
         return  # inside an allocation mpirun starts its daemons with srun, whose variables its ranks inherit

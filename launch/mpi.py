@@ -131,7 +131,9 @@ def _meeting_address(hosts: Sequence[Host], networks: Sequence[Sequence[str]]) -
     """
     if len(set(hosts)) == 1:
         return "127.0.0.1"
-    of_host = {host: [ipaddress.IPv4Interface(text) for text in texts] for host, texts in zip(hosts, networks, strict=True)}
+    of_host = {
+        host: [ipaddress.IPv4Interface(text) for text in texts] for host, texts in zip(hosts, networks, strict=True)
+    }
     head = of_host.pop(hosts[0])
     elsewhere = {interface.ip for interfaces in of_host.values() for interface in interfaces}
     reachable = [interface for interface in head if interface.ip not in elsewhere]

@@ -1,0 +1,218 @@
+"""World: this process's place in the job, with everything that communication needs set up."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Annotated, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import AfterValidator, Field
+from torch.distributed import ProcessGroup
+
+from thinwire.comm.liveness import PeerMonitor
+from thinwire.comm.meter import TrafficMeter
+from thinwire.comm.queue import CommQueue
+from thinwire.comm.settings import Settings
+from thinwire.dist.host import Host, distinct_names, this_host
+from thinwire.dist.interface import (
+    Interface,
+    check_interface_name,
+    interface_named,
+    interface_to,
+    loopback_interface,
+)
+from thinwire.dist.mesh import Mesh, MeshSettings, build_mesh
+from thinwire.dist.place import Place
+from thinwire.dist.rendezvous import check_in, open_store
+
+
+class WorldSettings(Settings):
+    """Deadlines, network interface, device and CPU threads of every rank.
+
+    timeout_s: deadline of every operation, in seconds.
+    rendezvous_timeout_s: how long the ranks wait for each other at the start, in seconds.
+    interface: network interface for gloo; auto is the one that routes to the head node.
+    device: auto is cuda where there is a GPU.
+    threads: CPU threads of one rank's operators; auto is the host's CPUs divided by its ranks. Neither OMP_NUM_THREADS
+      nor a CPU mask changes it: the number of threads changes the last bits of sums.
+    """
+
+    timeout_s: float = Field(default=60.0, gt=0)
+    rendezvous_timeout_s: float = Field(default=300.0, gt=0)
+    interface: Annotated[str, AfterValidator(check_interface_name)] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+
+
+@dataclass
+class World:
+    """One rank's view of the job. A context manager: leaving it well closes it, leaving it by an exception hurries.
+
+    hosts: a name for every rank's host, equal exactly where the hosts are.
+    interface: what gloo talks through on this host.
+    group: all ranks; for set-up and control only, gradients go through the queue.
+    queue: communication in submission order, on a process group of its own over all ranks.
+    """
+
+    place: Place
+    settings: WorldSettings
+    rank: int
+    size: int
+    local_rank: int
+    host: str
+    hosts: tuple[str, ...]
+    interface: Interface
+    device: torch.device
+    backend: str
+    store: dist.Store
+    group: ProcessGroup
+    mesh: Mesh
+    meter: TrafficMeter
+    monitor: PeerMonitor
+    queue: CommQueue
+
+    def describe(self) -> str:
+        """Two lines for the start of a run: who is here, over what they talk, and the levels."""
+        return (
+            f"rank {self.rank} of {self.size} on {self.host}, launcher: {self.place.launcher}; {self.backend} over "
+            f"{self.interface.name} ({self.interface.address}); {self.device}, {torch.get_num_threads()} CPU threads\n"
+            + self.mesh.describe()
+        )
+
+    def close(self) -> None:
+        """Leave the job together with all other ranks. Collective.
+
+        Raises:
+            PeerLostError, PeerLateError, PeerFailedError: another rank did not come to the end.
+        """
+        try:
+            if self.size > 1 and self.monitor.verdict is None:
+                together = torch.zeros(1, device=self.device)
+                self.queue.submit("world/close", lambda channel: channel.all_gather_same(together)).wait()
+        finally:
+            self._tear_down()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._tear_down()  # the others cannot be waited for: they may be what went wrong
+
+    def _tear_down(self) -> None:
+        self.queue.close()
+        self.monitor.close()
+        # Modules with hooks and meshes hold groups in cycles; a group that outlives this ends the process by an abort.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
+    """Meet the other ranks and set up devices, threads, process groups, mesh, meter and queue. Collective.
+
+    Raises:
+        RendezvousError: the ranks did not find each other; names the address, the port and who is missing.
+        ValueError: a setting asks for what this host does not have.
+    """
+    if dist.is_initialized():
+        raise ValueError(
+            "torch.distributed is initialised already: call thinwire.init() before anything else that does it; DDP, "
+            "FSDP2, accelerate and Lightning then use the process group that is there"
+        )
+    device = _pick_device(settings, place)
+    torch.set_num_threads(_pick_threads(settings, place))
+    store = open_store(place, settings.rendezvous_timeout_s)
+    record = {"host": asdict(this_host())}
+    records = check_in(store, place, record, settings.rendezvous_timeout_s)
+    hosts = distinct_names([Host(**entry["host"]) for entry in records])
+    used = _pick_interface(settings, place, hosts, store)
+    os.environ["GLOO_SOCKET_IFNAME"] = used.name  # the only way to tell every gloo group, also those made later
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=settings.timeout_s),
+    )
+    group = dist.group.WORLD
+    # The queue keeps the deadline itself; its group's own only ends what nobody waits for any more.
+    private = dist.new_group(timeout=timedelta(seconds=2 * settings.timeout_s))
+    assert group is not None and isinstance(private, ProcessGroup)
+    levels = build_mesh(mesh, rank=place.rank, hosts=hosts)
+    meter = TrafficMeter(levels.level_of_peer())
+    monitor = PeerMonitor.meet(store, place.rank, place.world_size, used.address, settings.timeout_s)
+    return World(
+        place=place,
+        settings=settings,
+        rank=place.rank,
+        size=place.world_size,
+        local_rank=place.local_rank,
+        host=hosts[place.rank],
+        hosts=hosts,
+        interface=used,
+        device=device,
+        backend=backend,
+        store=store,
+        group=group,
+        mesh=levels,
+        meter=meter,
+        monitor=monitor,
+        queue=CommQueue(private, meter=meter, monitor=monitor, timeout_s=settings.timeout_s),
+    )
+
+
+def _pick_device(settings: WorldSettings, place: Place) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if settings.device == "cpu" or (settings.device == "auto" and count == 0):
+        return torch.device("cpu")
+    if count == 0:
+        raise ValueError("world.device: cuda, but torch finds no GPU on this host; `thinwire doctor` tells why")
+    index = 0 if count == 1 else place.local_rank  # some launchers show each rank only its own GPU
+    if index >= count:
+        raise ValueError(
+            f"world.device: {settings.device}, but local rank {place.local_rank} of {place.local_world_size} has no GPU: "
+            f"torch finds {count} on this host; start fewer ranks on it, or set world.device to cpu"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _pick_threads(settings: WorldSettings, place: Place) -> int:
+    if settings.threads != "auto":
+        return settings.threads
+    return max(1, (os.cpu_count() or 1) // place.local_world_size)
+
+
+def _pick_interface(settings: WorldSettings, place: Place, hosts: Sequence[str], store: dist.Store) -> Interface:
+    """What gloo shall talk through. Collective: the head node cannot tell from its own address, so it asks another host."""
+    asked = settings.interface
+    if place.interface is not None:
+        check_interface_name(place.interface)
+        if asked not in ("auto", place.interface):
+            raise ValueError(
+                f"world.interface: {asked}, but the environment says GLOO_SOCKET_IFNAME={place.interface}; drop one"
+            )
+        asked = place.interface
+    away = [rank for rank, host in enumerate(hosts) if host != hosts[0]]
+    if asked != "auto":
+        used = interface_named(asked)
+    elif not away:
+        used = loopback_interface()
+    elif place.rank in away:
+        used = interface_to(place.master_addr)
+    else:
+        used = interface_to(store.get(f"address/{away[0]}").decode())
+    store.set(f"address/{place.rank}", used.address)
+    return used
