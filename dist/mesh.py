@@ -182,7 +182,8 @@ def _detected_levels(partitions: Sequence[Partition]) -> tuple[dict[str, Level],
     """Every partition's name with its level; a partition that cannot be a level stands for the next that can."""
     node = next(part for part in partitions if part.name == "node")
     # Of two names for the same groups, "node" says most; "world" is dropped by the general rule of `_add_level`.
-    twins = [p.name for p in partitions if p.group_of == node.group_of and p.name in ("pair", "fabric")]
+    several = len(set(node.group_of)) < len(node.group_of)
+    twins = [p.name for p in partitions if several and p.group_of == node.group_of and p.name in ("pair", "fabric")]
     named: dict[str, Level] = {}
     remarks: list[str] = []
     merged: list[str] = []
