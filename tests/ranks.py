@@ -12,6 +12,10 @@ from typing import TypeVar
 import torch
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, ProcessGroupGloo, Store
 
+from thinwire.comm.liveness import PeerMonitor
+from thinwire.comm.meter import TrafficMeter
+from thinwire.comm.queue import CommQueue
+
 T = TypeVar("T")
 _runs = itertools.count()
 
@@ -24,6 +28,14 @@ class Rank:
     size: int
     store: Store
     group: ProcessGroup
+
+    def queue(self, timeout_s: float = 30.0, name: str = "queue", levels: list[str] | None = None) -> CommQueue:
+        """A CommQueue over the threads; all peers are on level "world" unless levels says otherwise."""
+        store = PrefixStore(f"queue/{name}", self.store)
+        meter = TrafficMeter(levels or ["self" if r == self.rank else "world" for r in range(self.size)])
+        monitor = PeerMonitor.meet(store, self.rank, self.size, "127.0.0.1", timeout_s=30.0)
+        group = self.new_group(name, 2 * timeout_s)
+        return CommQueue(group, meter=meter, monitor=monitor, timeout_s=timeout_s, name=name)
 
     def new_group(self, name: str, timeout_s: float = 30.0) -> ProcessGroup:
         """Another gloo group over the same threads; every rank calls this with the same name."""
@@ -52,9 +64,7 @@ def run_ranks(size: int, work: Callable[[Rank], T], *, timeout_s: float = 60.0) 
     return outcomes  # type: ignore[return-value]
 
 
-def run_ranks_to_the_end(
-    size: int, work: Callable[[Rank], T], *, timeout_s: float = 60.0
-) -> list[T | BaseException]:
+def run_ranks_to_the_end(size: int, work: Callable[[Rank], T], *, timeout_s: float = 60.0) -> list[T | BaseException]:
     """Like run_ranks, but an exception of a rank is its outcome: for tests in which ranks are meant to fail."""
     shared = HashStore()
     run = next(_runs)

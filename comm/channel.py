@@ -1,0 +1,78 @@
+"""The collectives that an exchange may use: metered, and bounded by the deadline of its operation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+from thinwire.comm.meter import TrafficMeter
+
+
+class Channel:
+    """What one operation of a CommQueue sees of its process group. Valid only while that operation runs.
+
+    Attributes: rank and size, within the group.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup,
+        peers: Sequence[int],
+        meter: TrafficMeter,
+        operation: str,
+        wait: Callable[[Work, bool], None],
+    ) -> None:
+        self.rank = group.rank()
+        self.size = group.size()
+        self._group = group
+        self._peers = peers
+        self._meter = meter
+        self._operation = operation
+        self._wait = wait
+
+    def all_to_all(
+        self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
+    ) -> None:
+        """Send the r-th slice of `input` to rank r, and receive rank r's slice for this rank as r-th slice of `output`.
+
+        Each slice goes straight to its receiver: one network latency, whatever the number of ranks.
+
+        Args:
+            output, input: contiguous tensors of one dtype on the group's device; not aliases of each other.
+            output_splits, input_splits: elements along the first dimension, by rank; slices may be empty.
+        """
+        began = time.monotonic()
+        work = self._group.alltoall_base(output, input, list(output_splits), list(input_splits))
+        self._wait(work, input.is_cuda)
+        sent_row_bytes = input[:1].nbytes
+        received_row_bytes = output[:1].nbytes
+        others = [r for r in range(self.size) if r != self.rank]
+        self._meter.record(
+            self._operation,
+            {self._peers[r]: input_splits[r] * sent_row_bytes for r in others},
+            {self._peers[r]: output_splits[r] * received_row_bytes for r in others},
+            time.monotonic() - began,
+        )
+
+    def all_gather(self, output: Tensor, local: Tensor, splits: Sequence[int]) -> None:
+        """Collect every rank's `local` into `output`, rank after rank.
+
+        Sent straight to every rank rather than round a ring: the same bytes per rank, one latency instead of size - 1.
+
+        Args:
+            output: contiguous, sum(splits) elements along the first dimension.
+            local: contiguous, splits[rank] elements along the first dimension.
+            splits: elements along the first dimension that each rank contributes.
+        """
+        copies = local.repeat(self.size, *([1] * (local.dim() - 1)))
+        self.all_to_all(output, copies, splits, [splits[self.rank]] * self.size)
+
+    def all_gather_same(self, local: Tensor) -> Tensor:
+        """Collect tensors of one shape and dtype from every rank: returns a tensor of shape (size, *local.shape)."""
+        output = torch.empty((self.size, *local.shape), dtype=local.dtype, device=local.device)
+        self.all_gather(output, local.unsqueeze(0).contiguous(), [1] * self.size)
+        return output
