@@ -69,8 +69,8 @@ def check_in(store: dist.Store, place: Place, record: Mapping[str, Any], timeout
         size = int(store.compare_set("size", "", str(place.world_size)))
         if size != place.world_size:
             raise RendezvousError(
-                f"rank {place.rank} counts {place.world_size} ranks, others at {where} count {size}: two jobs meet at one "
-                "address and port, or the launch commands of the hosts differ"
+                f"rank {place.rank} counts {place.world_size} ranks, others at {where} count {size}: two jobs meet at "
+                "one address and port, or the launch commands of the hosts differ"
             )
         if store.add(f"taken/{place.rank}", 1) > 1:
             raise RendezvousError(
@@ -94,8 +94,8 @@ def check_in(store: dist.Store, place: Place, record: Mapping[str, Any], timeout
     if waiting_for:
         raise RendezvousError(
             f"{len(waiting_for)} of {place.world_size} ranks did not come to {where} within {timeout_s:g} s. Missing: "
-            f"{_ranges(sorted(waiting_for))}. There: {_ranges(sorted(records))}. Look at the output of the missing ones; "
-            "a slow start needs a larger world.rendezvous_timeout_s",
+            f"{_ranges(sorted(waiting_for))}. There: {_ranges(sorted(records))}. Look at the output of the missing "
+            "ones; a slow start needs a larger world.rendezvous_timeout_s",
             sorted(waiting_for),
         )
     return [records[rank] for rank in range(place.world_size)]
@@ -142,8 +142,8 @@ def _listener_everywhere(place: Place) -> socket.socket:
 
 def _port_error(place: Place, error: OSError) -> RendezvousError:
     return RendezvousError(
-        f"rank 0 cannot serve the rendezvous at {place.master_addr}:{place.master_port} ({error.strerror}): another job "
-        "or service has the port; choose another with torchrun's --master-port or MASTER_PORT"
+        f"rank 0 cannot serve the rendezvous at {place.master_addr}:{place.master_port} ({error.strerror}): another "
+        "job or service has the port; choose another with torchrun's --master-port or MASTER_PORT"
     )
 
 

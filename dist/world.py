@@ -148,7 +148,8 @@ def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
     group = dist.group.WORLD
     # The queue keeps the deadline itself; its group's own only ends what nobody waits for any more.
     private = dist.new_group(timeout=timedelta(seconds=2 * settings.timeout_s))
-    assert group is not None and isinstance(private, ProcessGroup)
+    assert group is not None
+    assert isinstance(private, ProcessGroup)
     levels = build_mesh(mesh, rank=place.rank, hosts=hosts)
     meter = TrafficMeter(levels.level_of_peer())
     monitor = PeerMonitor.meet(store, place.rank, place.world_size, used.address, settings.timeout_s)
@@ -181,8 +182,8 @@ def _pick_device(settings: WorldSettings, place: Place) -> torch.device:
     index = 0 if count == 1 else place.local_rank  # some launchers show each rank only its own GPU
     if index >= count:
         raise ValueError(
-            f"world.device: {settings.device}, but local rank {place.local_rank} of {place.local_world_size} has no GPU: "
-            f"torch finds {count} on this host; start fewer ranks on it, or set world.device to cpu"
+            f"world.device: {settings.device}, but local rank {place.local_rank} of {place.local_world_size} has no "
+            f"GPU: torch finds {count} on this host; start fewer ranks on it, or set world.device to cpu"
         )
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
@@ -196,7 +197,7 @@ def _pick_threads(settings: WorldSettings, place: Place) -> int:
 
 
 def _pick_interface(settings: WorldSettings, place: Place, hosts: Sequence[str], store: dist.Store) -> Interface:
-    """What gloo shall talk through. Collective: the head node cannot tell from its own address, so it asks another host."""
+    """What gloo talks through. Collective: the head node cannot tell from its own address, so it asks another host."""
     asked = settings.interface
     if place.interface is not None:
         check_interface_name(place.interface)

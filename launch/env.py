@@ -164,8 +164,8 @@ def _mpi_place(launcher: Launcher, rank: int, size: int, environ: Mapping[str, s
         raise LaunchError(
             f"{launcher.title} says rank {rank} of {size} ({launcher.rank}, {launcher.size}), but mpi4py says rank "
             f"{meeting.rank} of {meeting.size}: it has loaded another MPI, {meeting.library}. Start with the mpirun "
-            f"that belongs to that library (look in {Path(sys.prefix) / 'bin'}), or install mpi4py beside the MPI whose "
-            f"mpirun you use"
+            f"that belongs to that library (look in {Path(sys.prefix) / 'bin'}), or install mpi4py beside the MPI "
+            "whose mpirun you use"
         )
     return Place(
         launcher=launcher.name,

@@ -8,7 +8,7 @@ from thinwire.launch.env import detect
 
 
 def init(settings: WorldSettings | None = None, mesh: MeshSettings | None = None) -> World:
-    """Join the job that torchrun, mpirun, srun or the lab started this process in; without one, a job of one. Collective.
+    """Join the job that torchrun, mpirun, srun or the lab started this process in; else be a job of one. Collective.
 
     Call it before anything else that initialises torch.distributed. Under mpirun it starts MPI to find the others and
     ends it again; a script that uses MPI itself imports mpi4py.MPI first, and keeps it.

@@ -45,7 +45,7 @@ def meet() -> Meeting:
     """Find hosts and local ranks, and agree on rank 0's address and a free port. Collective over MPI's world.
 
     Records have a fixed size and hold JSON: mpi4py's own objects would be pickles, and those run code. MPI ends here
-    again unless the script had started it: a rank that fails later must not hang in MPI_Finalize waiting for the others.
+    again unless the script had started it: a rank that fails later must not wait for the others in MPI_Finalize.
 
     Raises:
         MpiError: mpi4py or an MPI library is missing.

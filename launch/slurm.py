@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 # Steps that Slurm makes by itself (batch script, interactive shell of salloc, ...) are numbered from here.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _MAX_NODES = 1 << 16
-# Below the ports that systems hand out by themselves (from 32768) and above the ones that services like (Slurm's: 68xx).
+# Below the ports that systems hand out by themselves (from 32768), above those that services like (Slurm's: 68xx).
 _FIRST_PORT, _PORTS = 10007, 19997  # a prime number of ports: neighbouring jobs spread over all of them
 _PORTS_PER_JOB = 131
 
