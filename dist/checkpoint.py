@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,15 +131,26 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint: {self.folder} was opened read-only")
         planner = TreeSavePlanner()
 
+        facts = dict(facts or {})
+
         def plan() -> Any:
-            self._refuse_strangers(step)
+            self._refuse_strangers()
+            _refuse_lossy_facts(facts)
             planner.set_up_planner(dict(shared), None, True)
+            # Whoever writes alone needs nobody's plan, and nobody needs his: no bytes for slow links.
             rows = plan_to_json(planner.create_local_plan()) if len(self._disk) > 1 else []
             if self._is_leader:
                 generation_files.remove_leftovers(self.folder)
-            return {"plan": rows, "id": secrets.token_hex(16)}
+            values = json.dumps(planner.tree, sort_keys=True).encode()
+            return {"plan": rows, "values": sha256(values).hexdigest(), "id": secrets.token_hex(16)}
 
         planned = self._agreement.run(f"save of step {step}", plan)
+        different = [rank for rank, p in enumerate(planned) if p["values"] != planned[0]["values"]]
+        if different:
+            raise CheckpointError(
+                f"checkpoint: save of step {step}: the names or plain values in `shared` on ranks {different} differ "
+                "from those on rank 0; what belongs to one rank goes into per_rank"
+            )
         save_id = planned[0]["id"]
         written = self.folder / f".writing-{save_id}"
         target = self.folder / f"step-{step:08d}"
@@ -146,12 +160,14 @@ class Checkpointer:
                 generation_files.commit(written, target, save_id)
 
         try:
-            self._write(step, written, planner=planner, planned=planned, per_rank=per_rank, facts=dict(facts or {}))
+            self._write(step, written, planner=planner, planned=planned, per_rank=per_rank, facts=facts)
             self._agreement.run(f"save of step {step}", commit)
-        except CheckpointError:
+        except CheckpointError as error:
             if self._is_leader:
                 self._try_to(generation_files.remove_leftovers, self.folder)
-            raise
+            # Where disks are separate, some may have got as far as the last rename.
+            self._abandoned |= set(generation_files.names(self.folder)) - self._ours
+            raise type(error)(f"{error}. The older checkpoints in {self.folder} are intact") from error
         self._ours.add(target.name)
         self._abandoned.discard(target.name)
         if self._is_leader:
@@ -176,13 +192,21 @@ class Checkpointer:
         Raises CheckpointError if there are generations but none that all ranks can read (a run never starts afresh by
         accident), CheckpointMismatchError if a sound one belongs to another model or world size.
         """
-        mine = generation_files.generations(self.folder)
-        refused = [f"{g.path.name}: {g.refusal}" for g in mine if g.manifest is None]
+        mine: list[Generation] = []
+
+        def list_mine() -> Any:
+            mine.extend(generation_files.generations(self.folder))
+            return {
+                "has": [[g.step, g.manifest.save_id, g.is_plain] for g in mine if g.manifest is not None],
+                "refused": [f"{g.path.name}: {g.refusal}" for g in mine if g.manifest is None],
+            }
+
+        told = self._agreement.run("listing of generations", list_mine)
         by_id = {(g.step, g.manifest.save_id): g for g in mine if g.manifest is not None}
-        listing = [[step, save_id, g.is_plain] for (step, save_id), g in by_id.items()]
-        told = self._agreement.run("listing of generations", lambda: {"has": listing, "refused": refused})
         refused = sorted({text for t in told for text in t["refused"]})
         if not any(t["has"] for t in told) and not refused:
+            if self.read_only:
+                raise CheckpointError(f"checkpoint: {self.folder} holds no checkpoint; correct checkpoint.resume")
             return None
         votes: dict[tuple[int, str], list[bool]] = {}
         for t in told:
@@ -200,7 +224,7 @@ class Checkpointer:
                 self._take_up(loaded, mine)
                 for text in refused:
                     _log.warning("checkpoint: passed over %s", text)
-                return Loaded(**{**loaded.__dict__, "refused": tuple(refused)})
+                return dataclasses.replace(loaded, refused=tuple(refused))
             refused += reasons
         raise CheckpointError(
             f"checkpoint: no generation in {self.folder} can be read by every rank: {'; '.join(refused)}. "
@@ -306,16 +330,15 @@ class Checkpointer:
         self._abandoned = {g.path.name for g in mine} - self._ours
 
     def _refuse_old_run(self) -> None:
-        found = generation_files.generations(self.folder)
+        found = generation_files.names(self.folder)
         if found and self.settings.resume == "never":
             raise CheckpointError(
-                f'checkpoint.resume is "never", but {self.folder} holds {found[-1].path.name}; choose another '
+                f'checkpoint.resume is "never", but {self.folder} holds {found[-1]}; choose another '
                 'output folder, move that one away, or set checkpoint.resume to "auto"'
             )
 
-    def _refuse_strangers(self, step: int) -> None:
-        names = {g.path.name for g in generation_files.generations(self.folder)}
-        strangers = sorted(names - self._ours - self._abandoned)
+    def _refuse_strangers(self) -> None:
+        strangers = sorted(set(generation_files.names(self.folder)) - self._ours - self._abandoned)
         if strangers:
             raise CheckpointError(
                 f"{self.folder} holds {strangers[-1]}, which this run neither wrote nor loaded; set "
@@ -323,11 +346,11 @@ class Checkpointer:
             )
 
     def _prune(self, newest: Path) -> None:
-        old = [g for g in generation_files.generations(self.folder) if g.path != newest]
-        keep = [g.path for g in old if g.path.name in self._ours and g.is_plain][-(self.settings.keep - 1) :]
-        for generation in old:
-            if generation.path not in keep:
-                generation_files.remove(generation.path)
+        old = [name for name in generation_files.names(self.folder) if name != newest.name]
+        keep = [name for name in old if name in self._ours][-(self.settings.keep - 1) :]
+        for name in old:
+            if name not in keep:
+                generation_files.remove(self.folder / name)
 
     def _try_to(self, action: Any, *arguments: Any) -> None:
         """Tidy up; a failure costs disk space, not the checkpoint, so it is only told."""
@@ -335,6 +358,15 @@ class Checkpointer:
             action(*arguments)
         except OSError as error:
             _log.warning("checkpoint: could not remove old files in %s: %s", self.folder, error)
+
+
+def _refuse_lossy_facts(facts: dict[str, Any]) -> None:
+    try:
+        same = json.loads(json.dumps(facts, allow_nan=False)) == facts
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint: facts are not JSON values: {error}") from error
+    if not same:
+        raise ValueError("checkpoint: facts would change in JSON; use str keys and lists instead of tuples")
 
 
 def _own_metadata(rank: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def find_disks(folder: Path, agreement: Agreement) -> list[list[int]]:
         marks: list[Any] = agreement.run("creation of the checkpoint folder", leave_mark)
         seen = agreement.run("search for shared disks", look)
     finally:
-        mark.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            mark.unlink()
     disk_of = list(range(agreement.world_size))
     for rank, others in enumerate(seen):
         for other in others:

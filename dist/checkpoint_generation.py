@@ -22,7 +22,7 @@ from thinwire.dist.checkpoint_agreement import CheckpointError
 from thinwire.dist.checkpoint_storage import METADATA_LIMIT_BYTES, PIECE_BYTES, HashedFile
 
 MANIFEST = "manifest.json"
-_DIRECTORY = re.compile(r"step-(\d{8,})(\.replaced-[0-9a-f]+)?")
+_DIRECTORY = re.compile(r"step-\d{8,}(\.replaced-[0-9a-f]+)?")
 
 
 class _Strict(BaseModel):
@@ -69,12 +69,15 @@ def generations(folder: Path) -> list[Generation]:
     """Every generation in `folder`, oldest first; `folder` itself if it is one."""
     if (folder / MANIFEST).is_file():
         return [_read(folder, 0)]
-    found = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = _DIRECTORY.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append(_read(path, int(match[1])))
-    return sorted(found, key=lambda g: (g.step, g.is_plain))
+    return [_read(folder / name, int(name.split(".")[0].removeprefix("step-"))) for name in names(folder)]
+
+
+def names(folder: Path) -> list[str]:
+    """Names of the directories in `folder` that claim to be generations, in order of their steps."""
+    if not folder.is_dir():
+        return []
+    found = [path.name for path in folder.iterdir() if _DIRECTORY.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda name: (int(name.split(".")[0].removeprefix("step-")), "." not in name))
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -84,11 +87,11 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     fsync_directory(folder)
 
 
-def verify(generation: Generation, names: list[str]) -> None:
+def verify(generation: Generation, files: list[str]) -> None:
     """Compare the named files with the manifest, byte for byte. Raises CheckpointError at the first that differs."""
     manifest = generation.manifest
     assert manifest is not None
-    for name in names:
+    for name in files:
         entry = manifest.files.get(name)
         if entry is None:
             raise CheckpointError(f"{name} is not in the manifest")
@@ -129,6 +132,8 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name.startswith((".writing-", ".removing-")) and path.is_dir():
             shutil.rmtree(path)
+        elif path.name.startswith(".seen-"):
+            path.unlink()
 
 
 def fsync_directory(folder: Path) -> None:

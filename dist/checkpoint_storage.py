@@ -9,13 +9,14 @@ mesh.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -90,7 +91,8 @@ class HashedFile:
         for start in range(0, len(view), PIECE_BYTES):
             piece = view[start : start + PIECE_BYTES]
             self._digest.update(piece)
-            self._file.write(piece)
+            with self._named():
+                self._file.write(piece)
         self.nbytes += len(view)
 
     def entry(self) -> dict[str, Any]:
@@ -103,10 +105,19 @@ class HashedFile:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             if error is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                with self._named():
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
         finally:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk has been told of already
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 class RawWriter(StorageWriter):
@@ -173,7 +184,10 @@ class RawWriter(StorageWriter):
             tensors[name] = {"dtype": dtype, "size": list(tensor.size), "chunks": chunks}
         state = {"format": 1, "byteorder": sys.byteorder, "tree": metadata.planner_data, "tensors": tensors}
         with HashedFile(self.folder / self.metadata_file) as file:
-            file.write(json.dumps(state, allow_nan=False).encode())
+            text = json.dumps(state, allow_nan=False).encode()
+            if len(text) > METADATA_LIMIT_BYTES:
+                raise CheckpointError(f"{self.metadata_file} would have {len(text)} bytes; keep numbers in tensors")
+            file.write(text)
         self.files[self.metadata_file] = file.entry()
 
     @classmethod

@@ -25,6 +25,8 @@ _DTYPE_NAMES = (
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _DTYPE_NAMES.split() if hasattr(torch, name)}
 DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
+DEPTH_LIMIT = 50  # a level takes up to three in JSON, and pydantic's parser stops at 200
+
 _SCALARS = (str, int, float, bool, type(None))
 
 
@@ -39,6 +41,10 @@ def flatten(tree: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
 
     def visit(value: Any, path: str | None) -> Any:
         kind = type(value)
+        if path is not None and path.count("/") >= DEPTH_LIMIT:
+            raise ValueError(f"checkpoint: {path} is nested deeper than {DEPTH_LIMIT} levels")
+        if kind is str and not _is_unicode(value):
+            raise ValueError(f"checkpoint: {path} is a str that has no UTF-8 form: {value!a}")
         if isinstance(value, Tensor):
             return {"$tensor": keep(value, path or "")}
         if kind is float and not math.isfinite(value):
@@ -111,6 +117,14 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         if marker == "$dict" and isinstance(value, list) and all(map(_is_item, value)):
             return {unflatten(key, tensors): unflatten(item, tensors) for key, item in value}
     raise ValueError(f"checkpoint: unknown form {marker!r} in the stored tree")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_item(pair: object) -> bool:
