@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
 from thinwire.comm.settings import Settings
 from thinwire.dist.topology import GpuPlace, Partition, partition_ranks
@@ -35,9 +35,7 @@ def _check_levels(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         if level.name in ("self", *(x.name for x in levels[:i])):
             _refuse(i, "name", level.name, "must differ from every other level's name, and from self")
         if level.size % before.size:
-            what = (
-                f"must be a multiple of the {before.size} of {before.name!r}, the level before it: it counts them too"
-            )
+            what = f"must be a multiple of {before.size}, the size of {before.name!r} before it: it counts them too"
             _refuse(i, "size", level.size, what)
         if level.name == "world" and i != len(levels) - 1:
             _refuse(i, "name", level.name, "holds every rank, so it must be the last level")
@@ -45,8 +43,7 @@ def _check_levels(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 def _refuse(index: int, key: str, value: Any, text: str) -> None:
-    error = PydanticCustomError("mesh_level", "{text}", {"text": text})
-    details = InitErrorDetails(type=error, loc=(index, key), input=value)
+    details = InitErrorDetails(type="value_error", loc=(index, key), input=value, ctx={"error": f"{value!r} {text}"})
     raise ValidationError.from_exception_data("levels", [details])
 
 
