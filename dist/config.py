@@ -1,0 +1,121 @@
+"""The configuration of a run: one YAML file plus `key.path=value` overrides, checked as a whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from thinwire.comm.settings import Settings
+from thinwire.dist.checkpoint import CheckpointSettings
+from thinwire.dist.config_errors import ConfigError, explain
+from thinwire.dist.data import DataSettings
+from thinwire.dist.engine import DDPSettings, EngineSettings
+from thinwire.dist.mesh import MeshSettings
+from thinwire.dist.methods import MethodSettings
+from thinwire.dist.models import ModelSettings
+from thinwire.dist.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings
+from thinwire.dist.run_folder import OutputSettings
+from thinwire.dist.train import TrainSettings
+from thinwire.dist.world import WorldSettings
+
+
+class RunConfig(Settings):
+    """All that defines a run. Each part's settings are documented where the class that they configure is.
+
+    name: of the run, by default that of its file; its folder is output.folder/name.
+    seed: of the initial weights and of the order of the samples.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    model: ModelSettings
+    data: DataSettings = DataSettings()
+    optimizer: OptimizerSettings = AdamWSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    train: TrainSettings
+    method: MethodSettings
+    engine: EngineSettings = DDPSettings()
+    world: WorldSettings = WorldSettings()
+    mesh: MeshSettings = MeshSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    output: OutputSettings = OutputSettings()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes: metrics, resolved configuration, checkpoints."""
+        return Path(self.output.folder).expanduser() / self.name
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file, replace the settings that the overrides name, and check everything.
+
+    Args:
+        overrides: texts such as "train.steps=100"; what follows the = is YAML.
+    Raises:
+        ConfigError: one text with every mistake: path of the setting, value, what is allowed, nearest known key.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; give a YAML file, such as one of configs/*.yaml")
+    data = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values, such as `train: {{steps: 100}}`; found {data!r}")
+    for override in overrides:
+        _apply(data, override)
+    data.setdefault("name", path.stem)
+    try:
+        # By way of JSON, where pydantic's strict mode knows no tuples and paths to insist on, but still tells 1 from "1".
+        return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain(error, RunConfig, str(path))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The fully resolved configuration as YAML, which loads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the floats that people write (1e-4 is a string in YAML 1.1), and no key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                line = node.value[position][0].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(None, None, f"line {line}: the key {key!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {error}") from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"{override!r}: an override has the form key.path=value, such as train.steps=100")
+    node = data
+    for depth, key in enumerate(keys[:-1]):
+        inner = node.setdefault(key, {})
+        if not isinstance(inner, dict):
+            above = ".".join(keys[: depth + 1])
+            raise ConfigError(f"{override!r}: {above} is {inner!r}, which has no keys; give {above}=... as a whole")
+        node = inner
+    node[keys[-1]] = _parse(text, repr(override))

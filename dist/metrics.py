@@ -1,0 +1,170 @@
+"""One record per step, and where it goes: metrics.jsonl always, TensorBoard and W&B if asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from thinwire.comm.meter import TrafficMeter
+
+Record = dict[str, Any]
+"""Keys with units in their names; "step" counts the finished steps, so the first record has 1."""
+
+
+class Sink(Protocol):
+    """Somewhere that records go."""
+
+    def write(self, record: Record) -> None:
+        """Take one step's record."""
+        ...
+
+    def close(self) -> None:
+        """No more records will come."""
+        ...
+
+
+class StepTraffic:
+    """What the meter counted from step to step.
+
+    Read it where the queue is idle but for what the step itself awaited; the training loop does so at each step's end,
+    when every bucket has been waited for.
+    """
+
+    def __init__(self, meter: TrafficMeter) -> None:
+        self._meter = meter
+        self._before = self._totals()
+
+    def since_last(self) -> Record:
+        """Payload bytes since the last call: the method's, in all and by level, and those of control messages."""
+        now, before = self._totals(), self._before
+        self._before = now
+        difference = {
+            key: {level: count - before[key].get(level, 0) for level, count in by_level.items()}
+            for key, by_level in now.items()
+        }
+        control = {key: difference.pop(f"control_{key}") for key in ("sent", "received")}
+        sent, received = (
+            {level: count - control[key].get(level, 0) for level, count in difference[key].items()}
+            for key in ("sent", "received")
+        )
+        return {
+            "sent_bytes": sum(sent.values()),
+            "received_bytes": sum(received.values()),
+            "sent_bytes_by_level": sent,
+            "received_bytes_by_level": received,
+            "control_sent_bytes": sum(control["sent"].values()),
+        }
+
+    def _totals(self) -> dict[str, dict[str, int]]:
+        meter = self._meter
+        return {
+            "sent": meter.sent_bytes(),
+            "received": meter.received_bytes(),
+            "control_sent": meter.sent_bytes("control/"),
+            "control_received": meter.received_bytes("control/"),
+        }
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object per line, on disk as soon as written.
+
+    Args:
+        path: the file; records of an earlier run beyond `finished_steps` are removed, so that no step appears twice.
+    """
+
+    def __init__(self, path: Path, finished_steps: int) -> None:
+        kept = [record for record in read_records(path) if record["step"] <= finished_steps] if path.exists() else []
+        self.seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
+        unfinished = path.with_name(f"{path.name}.tmp")
+        unfinished.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        os.replace(unfinished, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        """Append a line."""
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl. A last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        records.append(json.loads(line))
+    return records
+
+
+class TensorBoard:
+    """Scalars for TensorBoard in the run folder.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, finished_steps: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "output.tensorboard: true needs the tensorboard package: pip install 'thinwire[tensorboard]', "
+                "or set it to false"
+            ) from error
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=finished_steps + 1)  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record) -> None:
+        """Add each number of the record."""
+        for key, value in flat_numbers(record).items():
+            self._writer.add_scalar(key, value, record["step"])  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WandB:
+    """Scalars for Weights & Biases.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError(
+                "output.wandb: true needs the wandb package: pip install 'thinwire[wandb]', or set it to false"
+            ) from error
+        self._run = wandb.init(
+            project="thinwire", id=name, name=name, dir=str(folder), config=dict(config), resume="allow"
+        )
+
+    def write(self, record: Record) -> None:
+        """Log each number of the record."""
+        self._run.log(flat_numbers(record), step=record["step"])
+
+    def close(self) -> None:
+        """Tell W&B that the run has ended."""
+        self._run.finish()
+
+
+def flat_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a record; those of an inner mapping under "key/inner"."""
+    numbers: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            numbers |= flat_numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            numbers[prefix + key] = value
+    return numbers
+
+
+def _line(record: Record) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
