@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configuration files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+link_app = typer.Typer(help="Cut, slow and restore the links of a running lab.", no_args_is_help=True)
+app.add_typer(link_app, name="link")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
@@ -55,6 +57,78 @@ def config_show(config: Config, overrides: Overrides = None) -> None:
     from thinwire.launch.train import show
 
     raise typer.Exit(show(config, overrides or []))
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def lab(  # noqa: PLR0917
+    command: Annotated[
+        list[str] | None, typer.Argument(help="What every rank runs, after --", show_default=False)
+    ] = None,
+    hosts: Annotated[int, typer.Option(help="Number of emulated hosts.")] = 4,
+    rate: Annotated[
+        str | None, typer.Option(help="Rate of each host's link: 100mbit.", show_default="unlimited")
+    ] = None,
+    delay: Annotated[str, typer.Option(help="One-way delay between hosts: 20ms.")] = "0",
+    loss: Annotated[str, typer.Option(help="Share of frames lost between hosts: 0.1%.")] = "0",
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks on each host, joined without a limit.")] = 1,
+    mpi: Annotated[bool, typer.Option("--mpi", help="Start the ranks with one mpirun across the hosts.")] = False,
+    output: Annotated[
+        str, typer.Option(help="Output of ranks other than 0: all, rank0 (none but 0's), or a folder.")
+    ] = "all",
+    grace: Annotated[str, typer.Option(help="How long ranks may take to end once one has failed.")] = "15s",
+    counters: Annotated[
+        Path | None, typer.Option(help="File for what the interfaces counted, as JSON.", show_default=False)
+    ] = None,
+) -> None:
+    """Run COMMAND on a slow cluster emulated on this machine."""
+    from thinwire.launch.lab.command import lab as run
+
+    code = run(
+        command or [],
+        hosts=hosts,
+        rate=rate,
+        delay=delay,
+        loss=loss,
+        ranks_per_host=ranks_per_host,
+        mpi=mpi,
+        output=output,
+        grace=grace,
+        counters=counters,
+    )
+    raise typer.Exit(code)
+
+
+LinkHost = Annotated[str, typer.Argument(help="Whose link: host2.")]
+LabId = Annotated[str | None, typer.Option("--lab", help="Id of the lab, if several run.", show_default="the only one")]
+
+
+@link_app.command("cut")
+def link_cut(host: LinkHost, lab_id: LabId = None) -> None:
+    """Black-hole a link: frames vanish, in both directions."""
+    from thinwire.launch.lab.command import link
+
+    raise typer.Exit(link("cut", host, rate=None, delay=None, lab_id=lab_id))
+
+
+@link_app.command("restore")
+def link_restore(host: LinkHost, lab_id: LabId = None) -> None:
+    """Undo a cut."""
+    from thinwire.launch.lab.command import link
+
+    raise typer.Exit(link("restore", host, rate=None, delay=None, lab_id=lab_id))
+
+
+@link_app.command("slow")
+def link_slow(
+    host: LinkHost,
+    rate: Annotated[str | None, typer.Option(help="New rate: 10mbit, or unlimited.", show_default="unchanged")] = None,
+    delay: Annotated[str | None, typer.Option(help="New one-way delay: 50ms.", show_default="unchanged")] = None,
+    lab_id: LabId = None,
+) -> None:
+    """Give a link another rate or delay."""
+    from thinwire.launch.lab.command import link
+
+    raise typer.Exit(link("slow", host, rate=rate, delay=delay, lab_id=lab_id))
 
 
 def main() -> None:
