@@ -83,7 +83,7 @@ class AllReduce:
             self._pending.clear()  # left by a backward that an error of the user's interrupted
             # Runs before DDP's own end-of-backward callback, which is queued with the last bucket. An error raised here
             # keeps its type and leaves loss.backward(); one set on a Future would reach the user as a RuntimeError.
-            torch.autograd.Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
         future: Future[Tensor] = Future()
         pending = self._queue.submit(f"allreduce/bucket{bucket.index()}", lambda channel: self._mean(channel, buffer))
         self._pending.append((pending, future, buffer))

@@ -292,9 +292,9 @@ def _serve(
 def _abandon(group: ProcessGroup) -> None:
     """Give up a group that has failed.
 
-    NCCL stops its kernels when told to. A gloo group cannot: its destructor waits for the operation under way, which ends
-    only at gloo's own timeout. The reference that is never returned keeps the destructor from running, so that neither
-    the garbage collector nor the end of the process is held up.
+    NCCL stops its kernels when told to. A gloo group cannot: its destructor waits for the operation under way, which
+    ends only at gloo's own timeout. The reference that is never returned keeps the destructor from running, so that
+    neither the garbage collector nor the end of the process is held up.
     """
     try:
         group.abort()

@@ -20,7 +20,7 @@ def leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     threads = torch.get_num_threads()
     yield
     changed = {k for k in {*environment, *os.environ} if environment.get(k) != os.environ.get(k)}
-    changed -= {"PYTEST_CURRENT_TEST"}
+    changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}  # pytest's and torch's own doing
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)

@@ -1,0 +1,229 @@
+"""One table of every method, held to the rules that DESIGN.md sets for all of them.
+
+A row says how the method enters a training run. `enter(rank, queue, model)` returns the run: `step(x)` trains one step
+on this rank's batch x (inputs of shape (batch, WIDTH)).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from ranks import Rank, run_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from thinwire.comm.allreduce import allreduce
+from thinwire.comm.method import Method
+from thinwire.comm.queue import CommQueue
+
+WIDTH = 12
+SIZE = 3
+
+
+@dataclass
+class Run:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    method: Method
+    step: Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method with its settings.
+
+    lossless: with one rank, or with the same batch on all ranks, it does exactly what one machine alone would do.
+    """
+
+    name: str
+    enter: Callable[[Rank, CommQueue, nn.Module], Run]
+    lossless: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def enter_allreduce(dtype: str) -> Callable[[Rank, CommQueue, nn.Module], Run]:
+    def enter(rank: Rank, queue: CommQueue, model: nn.Module) -> Run:
+        ddp = DistributedDataParallel(model, process_group=rank.group, init_sync=False, gradient_as_bucket_view=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
+        method = allreduce(ddp, dtype=dtype, queue=queue)
+
+        def step(x: Tensor) -> None:
+            optimizer.zero_grad()
+            ddp(x).square().sum().backward()
+            optimizer.step()
+
+        return Run(model, optimizer, method, step)
+
+    return enter
+
+
+METHODS = [
+    Row("allreduce-fp32", enter_allreduce("fp32"), lossless=True),
+    Row("allreduce-bf16", enter_allreduce("bf16"), lossless=False),
+    Row("allreduce-fp16", enter_allreduce("fp16"), lossless=False),
+]
+
+every_method = pytest.mark.parametrize("row", METHODS, ids=str)
+_seeding = threading.Lock()
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    with _seeding:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 5)).to(dtype)
+
+
+def batch(rank: int, step: int) -> Tensor:
+    """Small integers over 8: gradients whose sums over three ranks are not exact, as in life."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randint(-8, 9, (4, WIDTH), generator=generator) / 8
+
+
+def weights(run: Run) -> list[Tensor]:
+    return [p.detach().clone() for p in run.model.parameters()]
+
+
+def plain_training(steps: int, rank: int = 0) -> list[Tensor]:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(batch(rank, step)).square().sum().backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@every_method
+def test_the_handle_is_a_method(row: Row) -> None:
+    def work(rank: Rank) -> None:
+        queue = rank.queue()
+        method = row.enter(rank, queue, make_model()).method
+        assert isinstance(method, Method)
+        assert all(isinstance(k, str) and isinstance(v, float) for k, v in method.metrics().items())
+        queue.close()
+
+    run_ranks(1, work)
+
+
+@every_method
+def test_a_world_of_one_takes_the_plain_step(row: Row) -> None:
+    def work(rank: Rank) -> list[Tensor]:
+        queue = rank.queue()
+        run = row.enter(rank, queue, make_model())
+        for step in range(3):
+            run.step(batch(0, step))
+        assert sum(queue.meter.sent_bytes().values()) == 0
+        queue.close()
+        return weights(run)
+
+    (result,) = run_ranks(1, work)
+    if row.lossless:
+        assert equal(result, plain_training(3))
+    else:
+        for ours, plain in zip(result, plain_training(3), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
+
+
+@every_method
+def test_the_same_batch_everywhere_gives_the_plain_step(row: Row) -> None:
+    def work(rank: Rank) -> list[Tensor]:
+        queue = rank.queue()
+        run = row.enter(rank, queue, make_model())
+        for step in range(3):
+            run.step(batch(0, step))
+        queue.close()
+        return weights(run)
+
+    for result in run_ranks(4, work):  # four: a mean of equal numbers is exact in fp32
+        if row.lossless:
+            assert equal(result, plain_training(3))
+        else:
+            for ours, plain in zip(result, plain_training(3), strict=True):
+                torch.testing.assert_close(ours, plain, rtol=2e-2, atol=2e-2)
+
+
+@every_method
+def test_metered_bytes_are_the_predicted_ones_and_replicas_agree(row: Row) -> None:
+    levels = [["self", "node", "world"], ["node", "self", "world"], ["world", "world", "self"]]
+
+    def work(rank: Rank) -> list[Tensor]:
+        queue = rank.queue(levels=levels[rank.rank])
+        run = row.enter(rank, queue, make_model())
+        for step in range(4):
+            before = queue.meter.sent_bytes()
+            run.step(batch(rank.rank, step))
+            after = queue.meter.sent_bytes()
+            assert {level: after[level] - before.get(level, 0) for level in after} == run.method.predicted_bytes()
+        queue.close()
+        return weights(run)
+
+    first, *others = run_ranks(SIZE, work)
+    assert all(equal(first, other) for other in others)
+    assert not equal(first, plain_training(4))
+
+
+@every_method
+def test_resuming_equals_not_stopping(row: Row) -> None:
+    def train(rank: Rank, stop_at: int | None) -> list[Tensor]:
+        queue = rank.queue(name=f"queue-{stop_at}")
+        run = row.enter(rank, queue, make_model())
+        for step in range(6):
+            if step == stop_at:
+                saved = run.model.state_dict(), run.optimizer.state_dict(), run.method.state_dict()
+                run = row.enter(rank, queue, make_model())
+                run.model.load_state_dict(saved[0])
+                run.optimizer.load_state_dict(saved[1])
+                run.method.load_state_dict(saved[2])
+            run.step(batch(rank.rank, step))
+        queue.close()
+        return weights(run)
+
+    def work(rank: Rank) -> bool:
+        return equal(train(rank, None), train(rank, 3))
+
+    assert run_ranks(SIZE, work) == [True] * SIZE
+
+
+@every_method
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_of_one_rank_shows_on_all_and_poisons_no_state(row: Row, bad: float) -> None:
+    def work(rank: Rank) -> tuple[bool, bool]:
+        queue = rank.queue()
+        run = row.enter(rank, queue, make_model())
+        run.step(batch(rank.rank, 0))
+        saved = run.model.state_dict()
+        saved = {name: value.clone() for name, value in saved.items()}
+        x = batch(rank.rank, 1)
+        if rank.rank == 1:
+            x[0, 0] = bad
+        run.step(x)
+        seen = not all(bool(p.grad.isfinite().all()) for p in run.model.parameters() if p.grad is not None)
+        run.model.load_state_dict(saved)
+        run.optimizer.state.clear()
+        run.step(batch(rank.rank, 2))
+        queue.close()
+        return seen, all(bool(w.isfinite().all()) for w in weights(run))
+
+    assert run_ranks(SIZE, work) == [(True, True)] * SIZE
+
+
+@every_method
+def test_what_it_cannot_do_is_refused_before_anything_is_sent(row: Row) -> None:
+    def work(rank: Rank) -> None:
+        queue = rank.queue()
+        with pytest.raises(ValueError, match="float64"):
+            row.enter(rank, queue, make_model(torch.float64))
+        assert queue.meter.snapshot()["operations"] == {}
+        queue.close()
+
+    run_ranks(2, work)
