@@ -36,11 +36,11 @@ def open_store(place: Place, timeout_s: float) -> dist.Store:
     serves = place.rank == 0 and not place.agent_store
     listener = _listener(place) if serves else None
     where = f"{place.master_addr}:{place.master_port}"
-    # A server that listens on every address is reached on this machine by any; the job's own may lead through a router.
-    to_all = listener is not None and listener.getsockname()[0] in ("0.0.0.0", "::")
+    # A server that listens on every address is reached on its machine by loopback; the job's own may be a router's.
+    nearby = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listener.getsockname()[0]) if listener is not None else None
     try:
         store = dist.TCPStore(
-            "localhost" if to_all else place.master_addr,
+            nearby or place.master_addr,
             place.master_port,
             is_master=serves,
             timeout=timedelta(seconds=timeout_s),

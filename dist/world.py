@@ -115,6 +115,7 @@ class World:
         # Modules with hooks and meshes hold groups in cycles; a group that outlives this ends the process by an abort.
         gc.collect()
         dist.destroy_process_group()
+        _tell_gloo(self.place.interface)
 
 
 def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
@@ -136,7 +137,7 @@ def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
     records = check_in(store, place, record, settings.rendezvous_timeout_s)
     hosts = distinct_names([Host(**entry["host"]) for entry in records])
     used = _pick_interface(settings, place, hosts, store)
-    os.environ["GLOO_SOCKET_IFNAME"] = used.name  # the only way to tell every gloo group, also those made later
+    _tell_gloo(used.name)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -171,6 +172,14 @@ def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
         monitor=monitor,
         queue=CommQueue(private, meter=meter, monitor=monitor, timeout_s=settings.timeout_s),
     )
+
+
+def _tell_gloo(name: str | None) -> None:
+    """Name the interface by the one means that reaches every gloo group, also those that others make later."""
+    if name is None:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    else:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _pick_device(settings: WorldSettings, place: Place) -> torch.device:

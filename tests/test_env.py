@@ -203,7 +203,9 @@ def test_mpi_without_mpi4py_says_how_to_install_it(monkeypatch: pytest.MonkeyPat
 def test_mpirun_of_another_mpi_than_mpi4py_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = mpi.Meeting(0, 1, 0, 1, 0, "127.0.0.1", 40000, "MPICH Version: 5.0.2")
     monkeypatch.setattr(mpi, "meet", lambda: alone)
-    with pytest.raises(LaunchError, match=r"rank 2 of 3 .* rank 0 of 1: it has loaded another MPI, MPICH Version: 5.0.2"):
+    with pytest.raises(
+        LaunchError, match=r"rank 2 of 3 .* rank 0 of 1: it has loaded another MPI, MPICH Version: 5.0.2"
+    ):
         detect(OPENMPI)
 
 
