@@ -60,7 +60,7 @@ def config_show(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
-def lab(  # noqa: PLR0917
+def lab(
     command: Annotated[
         list[str] | None, typer.Argument(help="What every rank runs, after --", show_default=False)
     ] = None,
@@ -96,6 +96,17 @@ def lab(  # noqa: PLR0917
         counters=counters,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
+    wait: Annotated[float, typer.Option(help="Seconds that rank 0 waits for the others' answers.")] = 60.0,
+) -> None:
+    """Say what is here, what is missing and what that prevents; under a launcher, where ranks differ."""
+    from thinwire.launch.doctor.command import doctor as run
+
+    raise typer.Exit(run(as_json, wait))
 
 
 LinkHost = Annotated[str, typer.Argument(help="Whose link: host2.")]

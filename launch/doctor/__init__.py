@@ -1,0 +1,1 @@
+"""`thinwire doctor`: what is here, what is missing, what that prevents, and where ranks differ. Works without torch."""
