@@ -24,6 +24,8 @@ from thinwire.dist.run_folder import OutputSettings
 from thinwire.dist.train import TrainSettings
 from thinwire.dist.world import WorldSettings
 
+__all__ = ["ConfigError", "RunConfig", "dump_config", "load_config"]
+
 
 class RunConfig(Settings):
     """All that defines a run. Each part's settings are documented where the class that they configure is.
@@ -69,7 +71,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         _apply(data, override)
     data.setdefault("name", path.stem)
     try:
-        # By way of JSON, where pydantic's strict mode knows no tuples and paths to insist on, but still tells 1 from "1".
+        # By way of JSON: there pydantic's strict mode takes a list for a tuple, but still tells 1 from "1".
         return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig, str(path))) from None
@@ -84,7 +86,7 @@ class _Loader(yaml.SafeLoader):
     """YAML with the floats that people write (1e-4 is a string in YAML 1.1), and no key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for position, key in enumerate(keys):
             if key in keys[:position]:
                 line = node.value[position][0].start_mark.line + 1
@@ -92,7 +94,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+0123456789."),

@@ -86,8 +86,8 @@ class Windows:
 class Data:
     """The windows of a run, and which of them each rank sees when.
 
-    Sample number i of the run (step * global_batch + position in the batch) is a function of the seed and i alone, and a
-    global batch is a range of sample numbers. So the batches do not depend on how many ranks share them, and resuming
+    Sample number i of the run (step * global_batch + position in the batch) is a function of the seed and i alone, and
+    a global batch is a range of sample numbers. So the batches do not depend on how many ranks share them, and resuming
     needs only the step.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ def evaluate(
     batch: int,
     queue: CommQueue,
     device: torch.device,
-    precision: AbstractContextManager[None],
+    precision: AbstractContextManager[Any],
 ) -> Evaluation:
     """Score the first `count` windows, `batch` at a time.
 
@@ -54,5 +55,5 @@ def evaluate(
             sums[row] = torch.tensor([float(nats), part.targets.numel(), part.text_bytes])
     model.train(was_training)
     gathered = queue.submit("control/evaluation", lambda channel: channel.all_gather_same(sums)).wait()
-    nats, tokens, text_bytes = (math.fsum(column) for column in gathered.flatten(0, 1).T.tolist())
-    return Evaluation(loss=nats / tokens, bits_per_byte=nats / text_bytes / math.log(2))
+    total_nats, tokens, text_bytes = (math.fsum(column) for column in gathered.flatten(0, 1).T.tolist())
+    return Evaluation(loss=total_nats / tokens, bits_per_byte=total_nats / text_bytes / math.log(2))

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from thinwire.comm.meter import TrafficMeter
 
 Record = dict[str, Any]
@@ -27,27 +29,31 @@ class Sink(Protocol):
 
 
 class StepTraffic:
-    """What the meter counted from step to step.
+    """What the meter, and the network interface, counted from step to step.
 
     Read it where the queue is idle but for what the step itself awaited; the training loop does so at each step's end,
-    when every bucket has been waited for.
+    when every bucket has been waited for. (The 16 bytes of a step's report count for the step after it.)
+
+    Args:
+        meter: payload bytes of this rank.
+        interface: name of the network interface, whose counter includes headers and all processes of the host.
     """
 
-    def __init__(self, meter: TrafficMeter) -> None:
+    def __init__(self, meter: TrafficMeter, interface: str) -> None:
         self._meter = meter
+        self._interface = interface
         self._before = self._totals()
 
     def since_last(self) -> Record:
-        """Payload bytes since the last call: the method's, in all and by level, and those of control messages."""
+        """Bytes since the last call: the method's, in all and by level; of control messages; on the interface."""
         now, before = self._totals(), self._before
         self._before = now
-        difference = {
+        delta = {
             key: {level: count - before[key].get(level, 0) for level, count in by_level.items()}
             for key, by_level in now.items()
         }
-        control = {key: difference.pop(f"control_{key}") for key in ("sent", "received")}
         sent, received = (
-            {level: count - control[key].get(level, 0) for level, count in difference[key].items()}
+            {level: count - delta[f"control_{key}"].get(level, 0) for level, count in delta[key].items()}
             for key in ("sent", "received")
         )
         return {
@@ -55,16 +61,18 @@ class StepTraffic:
             "received_bytes": sum(received.values()),
             "sent_bytes_by_level": sent,
             "received_bytes_by_level": received,
-            "control_sent_bytes": sum(control["sent"].values()),
+            "control_sent_bytes": sum(delta["control_sent"].values()),
+            "interface_sent_bytes": delta["interface_sent"]["all"],
         }
 
     def _totals(self) -> dict[str, dict[str, int]]:
-        meter = self._meter
+        counters = psutil.net_io_counters(pernic=True, nowrap=False)
         return {
-            "sent": meter.sent_bytes(),
-            "received": meter.received_bytes(),
-            "control_sent": meter.sent_bytes("control/"),
-            "control_received": meter.received_bytes("control/"),
+            "sent": self._meter.sent_bytes(),
+            "received": self._meter.received_bytes(),
+            "control_sent": self._meter.sent_bytes("control/"),
+            "control_received": self._meter.received_bytes("control/"),
+            "interface_sent": {"all": counters[self._interface].bytes_sent},
         }
 
 
@@ -116,16 +124,16 @@ class TensorBoard:
                 "output.tensorboard: true needs the tensorboard package: pip install 'thinwire[tensorboard]', "
                 "or set it to false"
             ) from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=finished_steps + 1)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=finished_steps + 1)
 
     def write(self, record: Record) -> None:
         """Add each number of the record."""
         for key, value in flat_numbers(record).items():
-            self._writer.add_scalar(key, value, record["step"])  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WandB:

@@ -69,7 +69,8 @@ class SGD(torch.optim.SGD):
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.mul_(1 - group["lr"] * group["decoupled_decay"])
-        return super().step(closure)
+        loss: float | None = super().step(closure)
+        return loss
 
 
 def build_optimizer(settings: AdamWSettings | SGDSettings, model: nn.Module) -> torch.optim.Optimizer:

@@ -11,8 +11,9 @@ _WORD = (1 << 64) - 1
 class Permutation:
     """A bijection of 0 .. size-1 that a key chooses, evaluated one index at a time without a table.
 
-    A Feistel network permutes the smallest even number of bits that holds `size`; results beyond `size` are put in again
-    until one falls inside (cycle walking: Black and Rogaway 2002), which keeps it a bijection. At most 4 tries on average.
+    A Feistel network permutes the smallest even number of bits that holds `size`; results beyond `size` are put in
+    again until one falls inside (cycle walking: Black and Rogaway 2002), which keeps it a bijection; that takes at most
+    4 tries on average.
 
     Args:
         size: at least 1.

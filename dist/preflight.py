@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import Store
+from torch.distributed import DistStoreError, Store
 
 import thinwire
 from thinwire.comm.queue import CommQueue
@@ -19,6 +21,7 @@ from thinwire.comm.queue import CommQueue
 CATEGORIES = ("thinwire", "torch", "config", "parameters", "values", "tokenizer", "data", "device")
 _DIGEST_BYTES = 16
 _SHOWN = 12
+_ASK_EVERY_S = 5.0
 
 # Settings that may differ from host to host: a network card has its own name on each.
 _OF_THE_HOST = ("world.interface",)
@@ -29,6 +32,22 @@ Facts = Mapping[str, Mapping[str, str]]
 
 class PreflightError(ValueError):
     """Ranks differ in something that must be equal; the message names the ranks and the entries."""
+
+
+def wait_for_all(queue: CommQueue, store: Store, timeout_s: float) -> None:
+    """Wait until every rank has come here, for up to timeout_s seconds: reading and encoding text may take one longer
+    than the deadline of an exchange. Ends early when a rank no longer answers; the next exchange will tell why.
+    """
+    store.set(f"ready/{queue.rank}", "")
+    keys = [f"ready/{rank}" for rank in range(queue.size)]
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and queue.monitor.verdict is None:
+        try:
+            store.wait(keys, timedelta(seconds=_ASK_EVERY_S))
+            return
+        except DistStoreError:
+            if queue.monitor.survey(queue.name, 1.0).silent:
+                return
 
 
 def check_agreement(facts: Facts, *, queue: CommQueue, store: Store) -> None:
@@ -53,7 +72,9 @@ def check_agreement(facts: Facts, *, queue: CommQueue, store: Store) -> None:
         return
     store.set(f"preflight/{queue.rank}", json.dumps({c: dict(facts.get(c, {})) for c in differing}))
     told = [json.loads(store.get(f"preflight/{rank}")) for rank in range(queue.size)]
-    lines = [line for category in differing for line in _differences([rank.get(category, {}) for rank in told], category)]
+    lines = [
+        line for category in differing for line in _differences([rank.get(category, {}) for rank in told], category)
+    ]
     hidden = len(lines) - _SHOWN
     listed = "\n".join(f"  {line}" for line in lines[:_SHOWN]) + (f"\n  and {hidden} more" if hidden > 0 else "")
     raise PreflightError(

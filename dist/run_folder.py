@@ -86,13 +86,13 @@ def check_same_run(saved: Mapping[str, Any], present: Mapping[str, Any], where: 
         listed = "\n".join(differing)
         raise ConfigError(
             f"checkpoint.resume: auto would continue {where}, which was trained otherwise:\n{listed}\n"
-            "Give the same settings, or start another run with name=... or output.folder=..., which may begin from this "
-            "one's weights with checkpoint.resume=PATH"
+            "Give the same settings, or start another run with name=... or output.folder=..., which may begin where "
+            "this one ended with checkpoint.resume=PATH"
         )
 
 
 def _harmless(path: str) -> bool:
-    return path in _HARMLESS or path.split(".")[0] in _HARMLESS
+    return path in _HARMLESS or path.partition(".")[0] in _HARMLESS
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

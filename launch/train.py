@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from thinwire.dist.train import Outcome
     from thinwire.dist.world import World
 
-USER_ERROR = 2
 FAILURE = 1
+USER_ERROR = 2
+INTERRUPTED = 130
 
 
 def show(path: Path, overrides: Sequence[str]) -> int:
@@ -26,39 +27,39 @@ def show(path: Path, overrides: Sequence[str]) -> int:
     try:
         print(dump_config(load_config(path, overrides)), end="")
     except ConfigError as error:
-        return _complain(str(error))
+        return _complain(error, USER_ERROR)
     return 0
 
 
 def main(path: Path, overrides: Sequence[str]) -> int:
     """Train as this process's rank of the job; returns the exit code.
 
-    0: finished, or stopped by SIGTERM or SIGUSR1 after a checkpoint. 2: the user's mistake, told in one message.
-    1: anything else; where another rank is at fault this ends the process at once, since threads of the transport may hang.
+    0: finished, or stopped by SIGTERM or SIGUSR1 with a checkpoint. 2: the user's mistake, told in one message.
+    1: anything else. Once the job is joined, an error ends the process here and at once, after telling the other ranks:
+    threads of the transport may hang.
     """
-    from thinwire.dist.config import ConfigError, load_config
-    from thinwire.launch.env import LaunchError, detect
+    from thinwire.comm.errors import CommError
+    from thinwire.dist.config import load_config
+    from thinwire.dist.world import join
+    from thinwire.launch.env import detect
 
     try:
         config = load_config(path, overrides)
-        place = detect()
-    except (ConfigError, LaunchError) as error:
-        return _complain(str(error))
-    from thinwire.dist.world import join
-
-    try:
-        world = join(place, config.world, config.mesh)
+        world = join(detect(), config.world, config.mesh)
     except ValueError as error:
-        return _complain(f"rank {place.rank}: {error}")
-    except Exception as error:
-        return _fail(f"rank {place.rank}: {error}")
+        if not _is_ours(error):
+            raise
+        return _complain(error, USER_ERROR)
+    except CommError as error:
+        return _complain(error, FAILURE)
     try:
         outcome = _train(config, world)
         world.close()
     except BaseException as error:
         _leave(world, error)
-    if world.rank == 0 and outcome.stopped:
-        print(f"stopped after step {outcome.step}: {outcome.stopped}; the same command continues", flush=True)
+    if world.rank == 0 and outcome.stopped_by:
+        ranks = ", ".join(map(str, outcome.stopped_by))
+        print(f"stopped after step {outcome.step}: signal at rank {ranks}; the same command continues", flush=True)
     return 0
 
 
@@ -71,9 +72,10 @@ def _train(config: RunConfig, world: World) -> Outcome:
     if world.rank == 0:
         print(world.describe(), flush=True)
     trainer = Trainer(config, world, stop)
-    if world.rank == 0:
-        print(trainer.describe(), flush=True)
-    sinks, seconds_before = _open_sinks(config, trainer.step) if world.rank == 0 else ([], 0.0)
+    if world.rank > 0:
+        return trainer.run()
+    print(trainer.describe(), flush=True)
+    sinks, seconds_before = _open_sinks(config, trainer.state.step)
     try:
         return trainer.run(sinks, seconds_before)
     finally:
@@ -104,18 +106,24 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     from thinwire.comm.errors import CommError
     from thinwire.comm.verdict import Verdict
     from thinwire.dist.checkpoint import CheckpointError
-    from thinwire.dist.train import NonFiniteError
+    from thinwire.dist.preflight import PreflightError
+    from thinwire.dist.step_reports import NonFiniteError
 
     told = f"rank {world.rank} on {world.host}: {type(error).__name__}: {error}"
-    code = FAILURE
-    if isinstance(error, CommError):
+    users_mistake = isinstance(error, ValueError) and _is_ours(error)
+    code = USER_ERROR if users_mistake else FAILURE
+    if isinstance(error, KeyboardInterrupt):
+        code = INTERRUPTED
+        print(f"rank {world.rank}: interrupted", file=sys.stderr)
+    elif isinstance(error, (CommError, CheckpointError, NonFiniteError)):
         print(told, file=sys.stderr)
-    elif isinstance(error, (ValueError, NonFiniteError, CheckpointError)):
-        # Most of these are raised by all ranks alike: one message is enough, if this rank is not the only one.
-        print(f"rank {world.rank}: {error}", file=sys.stderr)
-        code = USER_ERROR if isinstance(error, ValueError) else FAILURE
+    elif isinstance(error, PreflightError):
+        if world.rank == 0:  # every rank has the same text
+            _complain(error, code)
+    elif users_mistake:
+        _complain(f"rank {world.rank}: {error}", code)
     else:
-        print(f"rank {world.rank} on {world.host}:", file=sys.stderr)
+        print(told, file=sys.stderr)
         traceback.print_exception(error)
     world.monitor.announce(Verdict("failed", "train", (world.rank,), told[:2000]))
     sys.stdout.flush()
@@ -123,11 +131,14 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     os._exit(code)
 
 
-def _complain(message: str) -> int:
-    print(f"thinwire: {message}", file=sys.stderr)
-    return USER_ERROR
+def _is_ours(error: BaseException) -> bool:
+    """Whether thinwire itself raised it: then its message is for the user, and a traceback would only hide it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("thinwire.")
 
 
-def _fail(message: str) -> int:
-    print(f"thinwire: {message}", file=sys.stderr)
-    return FAILURE
+def _complain(message: object, code: int) -> int:
+    print(f"thinwire: {message}", file=sys.stderr, flush=True)
+    return code

@@ -20,7 +20,7 @@ class DDPSettings(Settings):
 
 
 def wrap_ddp(model: nn.Module, settings: DDPSettings, group: ProcessGroup) -> DistributedDataParallel:
-    """The model in DistributedDataParallel, without its broadcast of the weights at the start: preflight has proved them equal.
+    """The model in DistributedDataParallel, without its first broadcast: preflight has proved the weights equal.
 
     Args:
         group: all ranks of the job. Only DDP's own book-keeping uses it; gradients go through the method's queue.

@@ -156,7 +156,7 @@ def rotary_angles(length: int, head_width: int, base: float, device: torch.devic
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pair (x_i, x_{i + half}) of each head by its position's angle; x is (batch, heads, length, head_width)."""
+    """Turn the pair (x_i, x_{i + half}) of each head by its position's angle; x: (batch, heads, length, head_width)."""
     cos, sin = turn
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,97 @@
+"""What a run remembers from step to step, and how it gets into a checkpoint and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from thinwire.comm.method import Method
+from thinwire.dist.checkpoint import Checkpointer, CheckpointSettings, Loaded
+from thinwire.dist.run_folder import CHECKPOINTS, check_same_run
+from thinwire.dist.world import World
+
+
+class RunState:
+    """Model, optimizer, method and random numbers of this rank, with the checkpoints that hold them. Collective.
+
+    The place in the text needs no memory: it is a function of the step.
+
+    Args:
+        folder: of the run.
+        facts: numeric settings and data, which a checkpoint that is continued must share.
+    Attributes: step, the finished steps; resumed, what the run continues from, or "".
+    Raises:
+        CheckpointError, ConfigError: what the folder holds cannot be continued.
+        ValueError: checkpoint.resume names a folder without checkpoints.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        method: Method,
+        world: World,
+        folder: Path,
+        settings: CheckpointSettings,
+        facts: Mapping[str, Any],
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._method = method
+        self._device = world.device
+        self._facts = {"settings": dict(facts)}
+        self.step = 0
+        self.resumed = ""
+        self._checkpoints = Checkpointer(
+            folder / CHECKPOINTS, settings, group=world.group, rank=world.rank, world_size=world.size
+        )
+        loaded = self._checkpoints.load_latest(self._shared())
+        if loaded is not None:
+            check_same_run(loaded.facts["settings"], facts, loaded.path)
+        elif settings.resume not in ("auto", "never"):
+            loaded = self._load_other_run(Path(settings.resume).expanduser(), settings, world)
+        if loaded is not None:
+            self._restore(loaded)
+
+    def save(self) -> None:
+        """Write a checkpoint of the finished steps."""
+        per_rank = {"method": self._method.state_dict(), "random": self._random_state()}
+        self._checkpoints.save(self.step, self._shared(), per_rank, self._facts)
+
+    def _load_other_run(self, source: Path, settings: CheckpointSettings, world: World) -> Loaded:
+        checkpoints = Checkpointer(
+            source, settings, group=world.group, rank=world.rank, world_size=world.size, read_only=True
+        )
+        loaded = checkpoints.load_latest(self._shared())
+        if loaded is None:
+            raise ValueError(
+                f"checkpoint.resume: {source} holds no checkpoint; give a folder with step-* folders, or one of these, "
+                "or auto, or never"
+            )
+        return loaded
+
+    def _restore(self, loaded: Loaded) -> None:
+        assert loaded.per_rank is not None  # another number of ranks was refused
+        self._model.load_state_dict(loaded.shared["model"])
+        self._optimizer.load_state_dict(loaded.shared["optimizer"])
+        self._method.load_state_dict(loaded.per_rank["method"])
+        torch.set_rng_state(loaded.per_rank["random"]["cpu"])
+        if "cuda" in loaded.per_rank["random"] and self._device.type == "cuda":
+            torch.cuda.set_rng_state(loaded.per_rank["random"]["cuda"], self._device)
+        self.step = loaded.step
+        passed_over = "".join(f"\n  passed over {text}" for text in loaded.refused)
+        self.resumed = f"continues from {loaded.path} after {loaded.step} steps{passed_over}"
+
+    def _shared(self) -> dict[str, Any]:
+        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self._device)
+        return state

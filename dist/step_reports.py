@@ -1,0 +1,69 @@
+"""What the ranks tell each other once a step: their losses, and whether they were asked to stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from thinwire.comm.queue import CommQueue, Pending
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is NaN or infinite. Raised on every rank before the optimizer takes it up.
+
+    Attributes: step (the first is 1); ranks whose loss was not finite, empty if only the averaged gradient was not.
+    """
+
+    def __init__(self, step: int, ranks: tuple[int, ...], what: str) -> None:
+        if ranks:
+            whose = f"the loss of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} is NaN or infinite"
+        else:
+            whose = "every rank's loss is finite, so a gradient overflowed, on its way over the wire at the latest"
+        super().__init__(
+            f"step {step}: {what}: {whose}. Lower optimizer.lr, lengthen schedule.warmup_steps, send gradients in a "
+            "wider dtype, or look at the text of that step; the last checkpoint is from before it"
+        )
+        self.step = step
+        self.ranks = ranks
+
+
+@dataclass(frozen=True)
+class Report:
+    """What all ranks said about a step: the mean of their losses, which were not finite, and who wants to stop."""
+
+    loss: float
+    non_finite_ranks: tuple[int, ...]
+    stopping_ranks: tuple[int, ...]
+
+
+class StepReports:
+    """Each rank's loss and wish to stop, exchanged once a step: 16 bytes to every peer.
+
+    Sent after a step and read after the next, so its latency hides behind a step's computation; and since every rank
+    reads the same words at the same place, all stop after the same step.
+    """
+
+    def __init__(self, queue: CommQueue) -> None:
+        self._queue = queue
+        self._pending: Pending[torch.Tensor] | None = None
+
+    def send(self, loss: float, stop: bool) -> None:
+        """Tell the others. Every rank calls this after every step."""
+        assert self._pending is None
+        mine = torch.tensor([loss, float(stop)], dtype=torch.float64)
+        self._pending = self._queue.submit("control/flags", lambda channel: channel.all_gather_same(mine))
+
+    def read(self) -> Report:
+        """What was sent last, by all ranks."""
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        rows = pending.wait().tolist()
+        losses = [row[0] for row in rows]
+        non_finite = tuple(r for r, loss in enumerate(losses) if not math.isfinite(loss))
+        return Report(
+            loss=math.nan if non_finite else math.fsum(losses) / len(losses),
+            non_finite_ranks=non_finite,
+            stopping_ranks=tuple(r for r, row in enumerate(rows) if row[1]),
+        )
