@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from thinwire.dist.place import Place
 from thinwire.launch.doctor import machine, software
@@ -29,15 +30,15 @@ def doctor(as_json: bool, wait_s: float) -> int:
     if any(finding.topic == "torch" and finding.state == "problem" for finding in findings):
         print(f"rank {place.rank} cannot meet the others without torch. It has found:", file=sys.stderr)
         print_findings(findings, sys.stderr)
-        time.sleep(
-            wait_s
-        )  # launchers end the job with the first rank that fails, before rank 0 can tell who is missing
+        # A launcher ends the whole job with the first rank that fails: leave rank 0 the time to tell who is missing.
+        time.sleep(wait_s)
         return 1
     return int(not _examine_job(place, findings, as_json, wait_s))
 
 
 def examine(place: Place | None = None, refusal: str = "") -> list[Finding]:
     """Everything that this process can find out about its machine and its software."""
+    probed: dict[str, Any] | ProbeError
     try:
         probed = probe_torch()
     except ProbeError as error:

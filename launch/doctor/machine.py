@@ -18,7 +18,7 @@ from thinwire.dist.topology import GpuPlace, list_gpus
 from thinwire.launch.doctor.finding import Finding
 from thinwire.launch.doctor.import_probe import ProbeError
 
-_FAR_AWAY = "192.0.2.1"  # reserved for documentation (RFC 5737): what routes there is the default route
+_FAR_AWAY = "198.51.100.1"  # reserved for documentation (RFC 5737): what routes there is the default route
 
 
 def check_machine() -> Finding:
@@ -139,9 +139,7 @@ def check_lab() -> Finding:
     from thinwire.launch.lab.why_not import why_not
 
     if reason := why_not():
-        return Finding(
-            "lab", "limited", "not possible", without="thinwire lab, emulated hosts in the demo", remedy=reason
-        )
+        return Finding("lab", "limited", "not possible", without="thinwire lab and its demo", remedy=reason)
     if reason := why_not(delay=True):
         return Finding("lab", "limited", "possible, without delay", without="thinwire lab --delay", remedy=reason)
     return Finding("lab", "ok", "possible, with delay and loss")

@@ -23,11 +23,12 @@ TORCH = SpecifierSet(">=2.9")
 # CPU builds of torch name no Triton; this is what the GPU builds of the same release require.
 _TRITON_OF_TORCH = {"2.13": "3.7.1"}
 
+# Each is also the name of an extra of thinwire.
 _OPTIONAL = {
-    "deepspeed": ("engine: deepspeed", "deepspeed"),
-    "tokenizers": ("data.tokenizer from a Hugging Face file (bytes work without)", "tokenizers"),
-    "tensorboard": ("TensorBoard output (metrics.jsonl is always written)", "tensorboard"),
-    "wandb": ("Weights & Biases output (metrics.jsonl is always written)", "wandb"),
+    "deepspeed": "DeepSpeed as the engine inside a node",
+    "tokenizers": "Hugging Face tokenizer files (bytes as tokens need none)",
+    "tensorboard": "TensorBoard output (metrics.jsonl is always written)",
+    "wandb": "Weights & Biases output (metrics.jsonl is always written)",
 }
 
 
@@ -121,21 +122,18 @@ def check_triton(probed: dict[str, Any] | ProbeError) -> Finding:
     if wanted and not SpecifierSet(wanted).contains(version, prereleases=True):
         lost = f"trust in the kernels: torch {torch_version} requires triton{wanted}"
         return Finding("triton", "limited", version, shared=True, without=lost, remedy=install)
-    return Finding("triton", "ok", version, shared=True, detail=f"torch asks for {wanted}" if wanted else "")
+    return Finding("triton", "ok", version, shared=True, detail=f"this torch needs {wanted}" if wanted else "")
 
 
 def check_optional() -> list[Finding]:
     """Packages that only some settings need."""
     findings = []
-    for package, (prevents, extra) in _OPTIONAL.items():
-        version = _version(package)
-        findings.append(
-            Finding(package, "ok", version, shared=True)
-            if version
-            else Finding(
-                package, "limited", "missing", True, without=prevents, remedy=f'pip install "thinwire[{extra}]"'
-            )
-        )
+    for package, prevents in _OPTIONAL.items():
+        if version := _version(package):
+            findings.append(Finding(package, "ok", version, shared=True))
+        else:
+            remedy = f'pip install "thinwire[{package}]"'
+            findings.append(Finding(package, "limited", "missing", shared=True, without=prevents, remedy=remedy))
     return findings
 
 
@@ -200,6 +198,6 @@ def _requirements(package: str) -> list[Requirement]:
 
 def _metadata_python(package: str) -> SpecifierSet:
     try:
-        return SpecifierSet(importlib.metadata.metadata(package).get("Requires-Python") or "")
+        return SpecifierSet(importlib.metadata.metadata(package)["Requires-Python"] or "")
     except importlib.metadata.PackageNotFoundError:
         return SpecifierSet()
