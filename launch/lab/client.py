@@ -15,6 +15,7 @@ from typing import IO, Any
 import thinwire
 from thinwire.launch.lab.control import Connection, connect, lab_folder, running_labs
 from thinwire.launch.lab.counters import InterfaceCounters
+from thinwire.launch.lab.mpi import MPI_ENV, find_mpirun, mpi_command, write_agent
 from thinwire.launch.lab.run import Member, Output, Run
 from thinwire.launch.lab.spec import LabError, LabSpec, address
 
@@ -154,6 +155,25 @@ class Lab(Links):
             for rank in range(self.spec.world_size)
         ]
         return self._start(command, members, folder=folder, output=output, stdout=stdout, stderr=stderr)
+
+    def start_mpi(
+        self,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        *,
+        folder: Path | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: int | IO[Any] | None = None,
+    ) -> Run:
+        """Start `command` on every host under one real mpirun, which runs on host 0 and is the run's only member.
+
+        Open MPI or MPICH, whichever mpirun is beside this Python or first in PATH. Raises LabError.
+        """
+        environ = {**(os.environ if env is None else env), **MPI_ENV}
+        agent = write_agent(lab_folder(self.id), self.id)
+        argv = mpi_command(find_mpirun(environ), command, self.spec, agent, environ)
+        members = [Member("mpirun", 0, environ)]
+        return self._start(argv, members, folder=folder, output="all", stdout=stdout, stderr=stderr)
 
     def close(self) -> None:
         """End every process of the lab and remove it. Idempotent."""

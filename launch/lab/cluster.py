@@ -15,7 +15,7 @@ from thinwire.launch.lab.counters import InterfaceCounters, parse_net_dev
 from thinwire.launch.lab.namespace import Namespace, create, gain_privileges
 from thinwire.launch.lab.network import Tools, build_host, build_switch, set_port_open, set_rate
 from thinwire.launch.lab.relay import Port, Relay
-from thinwire.launch.lab.spec import LabError, LabSpec, address, check_link, host_name, hosts_file
+from thinwire.launch.lab.spec import LabError, LabSpec, check_link, host_name, hosts_file
 
 
 @dataclass
@@ -36,8 +36,7 @@ class Cluster:
         self._relay_pid = 0
         self._tools = Tools(rootless=gain_privileges())
         names = [host_name(index) for index in range(spec.hosts)]
-        lines = [*hosts_file(), *(f"{address(index)} {name}" for index, name in enumerate(names))]
-        (folder / "hosts").write_text("\n".join(lines) + "\n")
+        (folder / "hosts").write_text(hosts_file(spec.hosts))
         self._hosts = [create(name, str(folder / "hosts"), with_tap=spec.needs_delay) for name in names]
         self._switch: Namespace | None = None
         if not spec.needs_delay:

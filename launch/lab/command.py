@@ -12,7 +12,7 @@ from thinwire.launch.lab.client import Lab, Links
 from thinwire.launch.lab.control import the_running_lab
 from thinwire.launch.lab.counters import InterfaceCounters
 from thinwire.launch.lab.run import Output, Run
-from thinwire.launch.lab.spec import LabError, host_name
+from thinwire.launch.lab.spec import LabError, host_name, host_number
 from thinwire.launch.lab.units import format_bytes, format_rate, parse_delay, parse_loss, parse_rate
 
 _EXAMPLE = "thinwire lab --hosts 4 --rate 100mbit -- thinwire train CONFIG"
@@ -40,6 +40,10 @@ def lab(
     """Run `command` on an emulated cluster; the exit code of `thinwire lab`."""
     if not command:
         return _fail(f"thinwire lab: what shall run on the hosts? Put it after --, as in\n  {_EXAMPLE}", _USAGE)
+    if mpi and output != "all":
+        return _fail(
+            f"thinwire lab: --output {output}: with --mpi, mpirun owns the ranks' output; leave it out", _USAGE
+        )
     try:
         cluster = Lab(
             hosts=hosts,
@@ -56,7 +60,7 @@ def lab(
     try:
         with cluster:
             print(f"lab {cluster.id}: {cluster.spec.describe()}", file=sys.stderr, flush=True)
-            run = cluster.start(command, output=where)
+            run = cluster.start_mpi(command) if mpi else cluster.start(command, output=where)
             code = _watch(run, grace_s)
             for line in run.report():
                 print(line, file=sys.stderr)
@@ -86,7 +90,7 @@ def _watch(run: Run, grace_s: float) -> int:
 def link(action: str, host: str, *, rate: str | None, delay: str | None, lab_id: str | None) -> int:
     """Cut, restore or slow the link of a host of a running lab; the exit code of `thinwire link`."""
     try:
-        index = _host_index(host)
+        index = host_number(host)
         links = Links(lab_id or the_running_lab())
         if action == "cut":
             links.cut(index)
@@ -107,13 +111,6 @@ def link(action: str, host: str, *, rate: str | None, delay: str | None, lab_id:
     cut = "cut (frames vanish)" if state["cut"] else "open"
     print(f"{host_name(index)}: {cut}, {format_rate(state['rate_bps'])}, {state['delay_s'] * 1e3:g} ms one way")
     return 0
-
-
-def _host_index(text: str) -> int:
-    digits = text.removeprefix("host")
-    if not digits.isdecimal():
-        raise ValueError(f"HOST: {text!r} is no host; write host0, host1, ... (or 0, 1, ...)")
-    return int(digits)
 
 
 def _show_counters(counters: list[InterfaceCounters], file: Path | None) -> None:

@@ -61,12 +61,22 @@ def create(name: str, hosts_file: str, *, with_tap: bool) -> Namespace:
             syscalls.bind_mount(hosts_file, "/etc/hosts")
         fds = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in _KINDS]
         fds.append(os.open("/proc/self/net/dev", os.O_RDONLY))
-        return [*fds, syscalls.open_tap("eth0")] if with_tap else fds
+        return [*fds, _open_tap()] if with_tap else fds
 
     fds = _in_child(build)
     tap_fd = fds.pop() if with_tap else None
     *kinds, net_dev_fd = fds
     return Namespace(name, tuple(kinds), net_dev_fd, tap_fd)
+
+
+def _open_tap() -> int:
+    try:
+        return syscalls.open_tap("eth0")
+    except OSError as error:
+        raise OSError(
+            f"delay and loss need a TAP device from /dev/net/tun, which cannot be had ({error.strerror}): as root,"
+            " run `modprobe tun; chmod 0666 /dev/net/tun`, or run the lab as root; without --delay and --loss none is needed"
+        ) from error
 
 
 def _in_child(build: Callable[[], list[int]]) -> list[int]:

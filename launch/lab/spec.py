@@ -9,6 +9,7 @@ from typing import Any
 from thinwire.launch.lab.units import format_rate
 
 MAX_HOSTS = 254
+_NETWORK = "10.77.0."
 
 
 class LabError(RuntimeError):
@@ -84,7 +85,7 @@ def host_name(host: int) -> str:
 
 def address(host: int) -> str:
     """The IPv4 address of host number `host`; every lab may use the same ones, as none sees another."""
-    return f"10.77.0.{host + 1}"
+    return f"{_NETWORK}{host + 1}"
 
 
 def mac(host: int) -> str:
@@ -92,6 +93,17 @@ def mac(host: int) -> str:
     return f"02:77:00:00:00:{host:02x}"
 
 
-def hosts_file() -> list[str]:
-    """Lines of /etc/hosts that come before those of the hosts."""
-    return ["127.0.0.1 localhost", "::1 localhost ip6-localhost"]
+def host_number(text: str) -> int:
+    """The host meant by "host2", its address, or "2". Raises ValueError."""
+    digits = text.removeprefix("host").removeprefix(_NETWORK)
+    if not digits.isdecimal():
+        raise ValueError(f"HOST: {text!r} is no host; write host0, host1, ... (or 0, 1, ...)")
+    return int(digits) - text.startswith(_NETWORK)
+
+
+def hosts_file(hosts: int) -> str:
+    """Text of /etc/hosts inside. The mapped addresses spare torch's dual-stack sockets a warning on every rank."""
+    lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost"]
+    lines += [f"{address(host)} {host_name(host)}" for host in range(hosts)]
+    lines += [f"::ffff:{address(host)} {host_name(host)}.mapped" for host in range(hosts)]
+    return "\n".join(lines) + "\n"
