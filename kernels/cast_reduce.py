@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from thinwire.kernels.triton_kernel import TritonKernel, triton_is_installed
+from thinwire.kernels.triton_kernel import triton_is_installed, triton_kernel
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -65,7 +65,7 @@ def cast_reduce_reference(payloads: Tensor, *, scale: float = 1.0, dtype: torch.
     return (total * _checked_scale(scale)).to(dtype)
 
 
-@TritonKernel(warps=8)
+@triton_kernel(warps=8, varying=("m",))
 def kernel(
     payloads: tl.tensor,
     out: tl.tensor,
@@ -99,12 +99,16 @@ def kernel(
         tl.store(out + lane, (total * scale).to(out.dtype.element_ty), mask=inside)
 
 
+def compile_time(n: int) -> dict[str, int]:
+    """The kernel's constants for n payloads: up to 16 loads are laid out one by one, more take turns in a loop."""
+    return {"N": n, "UNROLLED": min(n, 16), "BLOCK": BLOCK}
+
+
 def launch(payloads: Tensor, scale: float, out: Tensor) -> None:
-    """Run the Triton kernel on checked, non-empty arguments; compiled once per n, dtypes and alignment."""
+    """Run the Triton kernel on checked, non-empty arguments; compiles once per n, dtypes and alignment."""
     n, m = payloads.shape
     programs = -(-m // BLOCK)
-    stride = payloads.stride(0)
-    kernel.launch(programs, out.device, payloads, out, scale, m, stride, N=n, UNROLLED=min(n, 16), BLOCK=BLOCK)
+    kernel.launch(programs, out.device, payloads, out, scale, m, payloads.stride(0), **compile_time(n))
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""A Triton kernel that stays a plain Python function until it is launched, so Triton is imported only then."""
+"""A Triton kernel that stays a plain Python function until it is launched, so that only then is Triton imported."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,41 +19,38 @@ def triton_is_installed() -> bool:
 
 
 class TritonKernel:
-    """Decorates a function written in Triton's language, which its module sees as the global `tl`.
+    """A function in Triton's language (which it knows as the global `tl` of its module), and how it is launched."""
 
-    warps: per program, of 32 lanes each. AMD has 64 lanes in one, so half as many are launched there.
-    """
-
-    def __init__(self, warps: int) -> None:
-        self.warps = warps
-        self.function: Callable[..., None]
-
-    def __call__(self, function: Callable[..., None]) -> TritonKernel:
+    def __init__(self, function: Callable[..., None], warps: int, varying: Sequence[str]) -> None:
         self.function = function
-        return self
-
-    def bind(self) -> Callable[..., None]:
-        """The function itself, now that Triton is imported and its language is visible to it as `tl`."""
-        import triton.language
-
-        self.function.__globals__["tl"] = triton.language
-        return self.function
+        self.warps = warps
+        self.varying = varying
 
     @functools.cached_property
     def jitted(self) -> Any:
-        """What `triton.jit` makes of the function (under Triton's interpreter: an interpreted one)."""
-        function = self.bind()
+        """What `triton.jit` makes of it: compiled when first launched (or interpreted, with TRITON_INTERPRET=1)."""
         import triton
 
-        return triton.jit(function)
+        self.function.__globals__["tl"] = importlib.import_module("triton.language")
+        return triton.jit(self.function, do_not_specialize=self.varying)
 
     def options(self, *, amd: bool) -> dict[str, Any]:
-        """Compiler options. No fusion: a fused multiply-add rounds once where PyTorch rounds twice."""
+        """Compiler options; without fusion, because a fused multiply-add rounds once where PyTorch rounds twice."""
         return {"num_warps": self.warps // 2 if amd else self.warps, "enable_fp_fusion": False}
 
-    def launch(self, programs: int, device: torch.device, *arguments: Tensor | int | float, **constants: int) -> None:
+    def launch(self, programs: int, device: torch.device, *arguments: Tensor | float, **constants: int) -> None:
         """Run `programs` instances on the current stream of `device`; `constants` are compile-time arguments."""
         assert programs > 0, "CUDA refuses an empty grid"
         options = self.options(amd=torch.version.hip is not None)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.jitted[(programs,)](*arguments, **constants, **options)
+
+
+def triton_kernel(*, warps: int, varying: Sequence[str] = ()) -> Callable[[Callable[..., None]], TritonKernel]:
+    """Make a function in Triton's language a TritonKernel.
+
+    Args:
+        warps: per program, of 32 lanes each. AMD has 64 lanes in a warp, so half as many are launched there.
+        varying: integer arguments whose divisibility by 16 shall not make Triton compile another variant.
+    """
+    return lambda function: TritonKernel(function, warps, varying)
