@@ -81,7 +81,7 @@ def _place() -> tuple[Place | None, str]:
 
 
 def _examine_job(place: Place, findings: Sequence[Finding], as_json: bool, wait_s: float) -> bool:
-    from thinwire.dist.rendezvous import RendezvousError, open_store
+    from thinwire.dist.rendezvous import open_store
 
     try:
         store = open_store(place, wait_s)
@@ -90,8 +90,8 @@ def _examine_job(place: Place, findings: Sequence[Finding], as_json: bool, wait_
         ok = comparison is not None and comparison.ok
         if comparison is not None:
             _print(findings, comparison, ok, as_json)
-        return share_verdict(store, place.rank, len(records), ok, wait_s)
-    except (RendezvousError, RuntimeError) as error:
+        return share_verdict(store, place.rank, len(records), ok, 2 * wait_s)
+    except RuntimeError as error:
         print(f"rank {place.rank} of {place.world_size}: {error}", file=sys.stderr)
         return False
 

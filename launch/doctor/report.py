@@ -76,7 +76,7 @@ def _parts(finding: Finding) -> list[str]:
 
 
 def _rich_text(finding: Finding, style: str) -> str:
-    lines = [escape(finding.found) + f"  [dim]{escape(finding.detail)}[/]" * bool(finding.detail)]
+    lines = [escape(finding.found) + f"[dim]; {escape(finding.detail)}[/]" * bool(finding.detail)]
     if finding.without:
         lines.append(f"[{style}]prevents:[/] {escape(finding.without)}")
     if finding.remedy:

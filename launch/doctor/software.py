@@ -198,6 +198,6 @@ def _requirements(package: str) -> list[Requirement]:
 
 def _metadata_python(package: str) -> SpecifierSet:
     try:
-        return SpecifierSet(importlib.metadata.metadata(package)["Requires-Python"] or "")
+        return SpecifierSet(str(importlib.metadata.metadata(package).json.get("requires_python", "")))
     except importlib.metadata.PackageNotFoundError:
         return SpecifierSet()
