@@ -83,7 +83,14 @@ class TreeLoadPlanner(DefaultLoadPlanner):
             if template is not None:
                 _compare(name, template, stored)
             if isinstance(template, DTensor):
-                fresh[name] = torch.empty_like(template, dtype=stored.properties.dtype, requires_grad=False)
+                fresh[name] = DTensor.from_local(
+                    torch.empty_like(template.to_local().detach()),
+                    template.device_mesh,
+                    template.placements,
+                    run_check=False,
+                    shape=template.shape,
+                    stride=template.stride(),
+                )
                 continue
             held = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
             if held != math.prod(stored.size):
