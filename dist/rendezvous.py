@@ -85,6 +85,8 @@ def check_in(store: dist.Store, place: Place, record: Mapping[str, Any], timeout
         records = {
             rank: json.loads(store.get(f"record/{rank}")) for rank in range(place.world_size) if rank not in waiting_for
         }
+        if not waiting_for:
+            _let_all_read(store, place, deadline)
     except dist.DistError as error:
         raise RendezvousError(
             f"rank {place.rank} lost the rendezvous store at {where}: rank 0 or its launcher has ended "
@@ -106,6 +108,17 @@ def _wait_for(store: dist.Store, rank: int, timeout_s: float) -> None:
         store.wait([f"record/{rank}"], timedelta(seconds=timeout_s))
     except dist.DistStoreError:
         pass  # it is not there yet: the caller looks again, and at the others too
+
+
+def _let_all_read(store: dist.Store, place: Place, deadline: float) -> None:
+    """Rank 0 serves the store: it stays until all have read, to hide from none what it finds wrong next."""
+    if store.add("read", 1) == place.world_size:
+        store.set("all read", "")
+    if place.rank == 0:
+        try:
+            store.wait(["all read"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+        except dist.DistStoreError:
+            pass  # somebody died while reading: the first operation will tell
 
 
 def _listener(place: Place) -> socket.socket:

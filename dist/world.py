@@ -15,10 +15,12 @@ import torch.distributed as dist
 from pydantic import AfterValidator, Field
 from torch.distributed import ProcessGroup
 
+from thinwire.comm.errors import CommError
 from thinwire.comm.liveness import PeerMonitor
 from thinwire.comm.meter import TrafficMeter
 from thinwire.comm.queue import CommQueue
 from thinwire.comm.settings import Settings
+from thinwire.comm.verdict import Verdict
 from thinwire.dist.host import Host, distinct_names, this_host
 from thinwire.dist.interface import (
     Interface,
@@ -30,6 +32,9 @@ from thinwire.dist.interface import (
 from thinwire.dist.mesh import Mesh, MeshSettings, build_mesh
 from thinwire.dist.place import Place
 from thinwire.dist.rendezvous import check_in, open_store
+from thinwire.dist.topology import GpuPlace, local_gpu
+
+_MAX_REASON = 2000  # characters that fit into one datagram
 
 
 class WorldSettings(Settings):
@@ -106,8 +111,12 @@ class World:
     ) -> None:
         if error is None:
             self.close()
-        else:
-            self._tear_down()  # the others cannot be waited for: they may be what went wrong
+            return
+        # The others cannot be waited for: they may be what went wrong. If not, they learn why this rank leaves.
+        if not isinstance(error, CommError):
+            why = f"rank {self.rank} on {self.host}: {type(error).__name__}: {error}"
+            self.monitor.announce(Verdict("failed", "leave", (self.rank,), why[:_MAX_REASON]))
+        self._tear_down()
 
     def _tear_down(self) -> None:
         self.queue.close()
@@ -133,9 +142,12 @@ def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
     device = _pick_device(settings, place)
     torch.set_num_threads(_pick_threads(settings, place))
     store = open_store(place, settings.rendezvous_timeout_s)
-    record = {"host": asdict(this_host())}
+    gpu = local_gpu(device)
+    record = {"host": asdict(this_host()), "gpu": gpu.to_json() if gpu else None}
     records = check_in(store, place, record, settings.rendezvous_timeout_s)
     hosts = distinct_names([Host(**entry["host"]) for entry in records])
+    gpus = [GpuPlace.from_json(entry["gpu"]) if entry["gpu"] else None for entry in records]
+    _check_one_rank_per_gpu(hosts, gpus)
     used = _pick_interface(settings, place, hosts, store)
     _tell_gloo(used.name)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -151,7 +163,7 @@ def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
     private = dist.new_group(timeout=timedelta(seconds=2 * settings.timeout_s))
     assert group is not None
     assert isinstance(private, ProcessGroup)
-    levels = build_mesh(mesh, rank=place.rank, hosts=hosts)
+    levels = build_mesh(mesh, rank=place.rank, hosts=hosts, gpus=gpus)
     meter = TrafficMeter(levels.level_of_peer())
     monitor = PeerMonitor.meet(store, place.rank, place.world_size, used.address, settings.timeout_s)
     return World(
@@ -197,6 +209,20 @@ def _pick_device(settings: WorldSettings, place: Place) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def _check_one_rank_per_gpu(hosts: Sequence[str], gpus: Sequence[GpuPlace | None]) -> None:
+    """NCCL refuses two ranks on one GPU, in other words. It happens when two launchers share a host."""
+    first: dict[tuple[str, str], int] = {}
+    for rank, (host, gpu) in enumerate(zip(hosts, gpus, strict=True)):
+        if gpu is None:
+            continue
+        other = first.setdefault((host, gpu.uuid), rank)
+        if other != rank:
+            raise ValueError(
+                f"world.device: ranks {other} and {rank} on {host} have the same GPU, {gpu.name} at {gpu.pci}: give "
+                "each launcher on one host other GPUs with CUDA_VISIBLE_DEVICES, or set world.device to cpu"
+            )
 
 
 def _pick_threads(settings: WorldSettings, place: Place) -> int:

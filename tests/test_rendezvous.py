@@ -45,7 +45,7 @@ def meet(place: Place, timeout_s: float = LONG_S) -> list[dict[str, Any]]:
 def test_every_rank_gets_every_record() -> None:
     three = places(3)
     everything = [{"rank": 0}, {"rank": 1}, {"rank": 2}]
-    assert in_threads(*[lambda p=p: meet(p) for p in three]) == [everything] * 3  # type: ignore[misc]
+    assert in_threads(*[lambda p=p: meet(p) for p in three]) == [everything] * 3
 
 
 def test_one_rank_needs_no_network() -> None:
@@ -57,7 +57,7 @@ def test_generations_read_nothing_of_each_other() -> None:
     old = dataclasses.replace(places(2)[1], agent_store=True, listener=None, master_port=server.port)
     first = [dataclasses.replace(old, rank=rank) for rank in range(2)]
     second = [dataclasses.replace(place, generation=1) for place in first]
-    assert in_threads(*[lambda p=p: meet(p) for p in first]) == [[{"rank": 0}, {"rank": 1}]] * 2  # type: ignore[misc]
+    assert in_threads(*[lambda p=p: meet(p) for p in first]) == [[{"rank": 0}, {"rank": 1}]] * 2
     late = in_threads(lambda: meet(second[1], timeout_s=0.2))[0]
     assert isinstance(late, RendezvousError)
     assert late.missing_ranks == (0,)
@@ -139,7 +139,8 @@ def test_address_that_is_not_this_host_s() -> None:
 
 def test_two_processes_with_one_rank() -> None:
     two = places(2)
-    results = in_threads(*[lambda p=p: meet(p) for p in [*two, two[1]]])  # type: ignore[misc]
+    store = open_store(two[0], LONG_S)
+    results = in_threads(lambda: check_in(store, two[0], {}, LONG_S), *[lambda: meet(two[1])] * 2)
     errors = [result for result in results if isinstance(result, RendezvousError)]
     assert len(errors) == 1
     assert "is rank 1 already" in str(errors[0])

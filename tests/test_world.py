@@ -15,6 +15,7 @@ from thinwire.dist import world as world_module
 from thinwire.dist.interface import Interface, loopback_interface
 from thinwire.dist.mesh import MeshSettings
 from thinwire.dist.place import Place
+from thinwire.dist.topology import GpuPlace
 from thinwire.dist.world import WorldSettings, join
 
 ALONE = Place("single", 0, 1, 0, 1, 0, "127.0.0.1", 0)
@@ -109,6 +110,13 @@ def test_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         pick_devices(monkeypatch, 0, "cuda", 0)
     with pytest.raises(ValueError, match="local rank 3 of 4 has no GPU: torch finds 2"):
         pick_devices(monkeypatch, 2, "auto", 3)
+
+
+def test_two_ranks_on_one_gpu() -> None:
+    one, other = GpuPlace("GPU-1", "H200", "00000000:1b:00.0"), GpuPlace("GPU-2", "H200", "00000000:1c:00.0")
+    world_module._check_one_rank_per_gpu(["a", "a", "b", "b"], [one, other, one, None])
+    with pytest.raises(ValueError, match=r"ranks 0 and 2 on a have the same GPU, H200 .* CUDA_VISIBLE_DEVICES"):
+        world_module._check_one_rank_per_gpu(["a", "a", "a"], [one, other, one])
 
 
 def pick_interfaces(
