@@ -105,19 +105,24 @@ def _paths(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 def _describe(field: FieldInfo | None) -> str:
     """What a setting takes, for people: its types, choices and bounds."""
-    if field is None:
-        return "keys and values"
+    return "keys and values" if field is None else _type_name(field.annotation) + _bounds(field.metadata)
+
+
+def _bounds(constraints: list[Any]) -> str:
     bounds = []
-    for constraint in field.metadata:
+    for constraint in constraints:
         for name, words in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
             if (bound := getattr(constraint, name, None)) is not None:
                 bounds.append(f"{words} {bound}")
         if pattern := getattr(constraint, "pattern", None):
             bounds.append(f"that matches {pattern}")
-    return " ".join([_type_name(field.annotation), *([" and ".join(bounds)] if bounds else [])])
+    return f" {' and '.join(bounds)}" if bounds else ""
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated and isinstance(get_args(annotation)[1], FieldInfo):
+        inner, info = get_args(annotation)[:2]
+        return _type_name(inner) + _bounds(info.metadata)
     annotation = _bare(annotation)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (quote it if need be)"}
     if annotation in names:

@@ -52,7 +52,7 @@ class ScheduleSettings(Settings):
 
     kind: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
-    decay_steps: int | Literal["auto"] = "auto"
+    decay_steps: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     final: float = Field(0.1, ge=0, le=1)
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,11 +52,11 @@ class TrainSettings(Settings):
 
     steps: int = Field(gt=0)
     global_batch: int = Field(gt=0)
-    micro_batch: int | Literal["auto"] = "auto"
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     clip_norm: float = Field(1.0, ge=0)
     eval_every: int = Field(0, ge=0)
-    eval_windows: int | Literal["all"] = 64
+    eval_windows: Annotated[int, Field(ge=0)] | Literal["all"] = 64
     eval_batch: int = Field(16, gt=0)
 
     def share(self, world_size: int) -> tuple[int, int]:
@@ -74,7 +74,7 @@ class TrainSettings(Settings):
             )
         share = self.global_batch // world_size
         micro = share if self.micro_batch == "auto" else self.micro_batch
-        if micro < 1 or share % micro:
+        if share % micro:
             divisors = [n for n in range(1, share + 1) if share % n == 0]
             near = sorted(sorted(divisors, key=lambda n: abs(n - micro))[:3])
             raise ValueError(
@@ -156,6 +156,7 @@ class Trainer:
                 f"{self.micro_batches} x {self.micro_batch} on each rank",
                 f"method {method.kind}: each step, this rank sends {sends}",
                 *([self.state.resumed] if self.state.resumed else []),
+                *(["nothing is left to do"] if self.state.step >= train.steps else []),
             )
         )
 

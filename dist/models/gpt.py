@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ class GPTSettings(Settings):
     heads: int = Field(gt=0)
     width: int = Field(gt=0)
     context: int = Field(gt=1)
-    vocab: int | Literal["auto"] = "auto"
+    vocab: Annotated[int, Field(gt=1)] | Literal["auto"] = "auto"
     mlp: Literal["gelu", "swiglu"] = "gelu"
     rotary_base: float = Field(10_000.0, gt=1)
 
@@ -36,8 +36,6 @@ class GPTSettings(Settings):
                 f"width {self.width} must be a multiple of 2 x heads = {2 * self.heads}: rotary embeddings turn "
                 "pairs of numbers within a head"
             )
-        if isinstance(self.vocab, int) and self.vocab < 2:
-            raise ValueError(f"vocab {self.vocab} must be at least 2, or auto")
         return self
 
 
