@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -182,6 +183,7 @@ class Lab(Links):
         self._lifeline.close()
         self._guardian.wait()
         self._guardian = None
+        shutil.rmtree(lab_folder(self.id), ignore_errors=True)  # only a guardian that was killed leaves it
         for run in self._runs:
             run.close()
 

@@ -2,7 +2,8 @@
 
 It runs apart from whoever started the lab (that one may hold torch and threads) and ends when that one ends, however
 it ends. As the subreaper of all that it starts, it can end every process of the lab, also those that tried to
-detach. Namespaces, interfaces and queues have no names outside and vanish with the last descriptor.
+detach. (Should the guardian itself be killed, the kernel kills what it started, but not what that started in turn.)
+Namespaces, interfaces and queues have no names outside and vanish with the last descriptor.
 
     python -m thinwire.launch.lab.guardian LAB_ID SPEC_JSON CONTROL_FD
 """

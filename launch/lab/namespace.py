@@ -75,7 +75,7 @@ def _open_tap() -> int:
     except OSError as error:
         raise OSError(
             f"delay and loss need a TAP device from /dev/net/tun, which cannot be had ({error.strerror}): as root,"
-            " run `modprobe tun; chmod 0666 /dev/net/tun`, or run the lab as root; without --delay and --loss none is needed"
+            " run `modprobe tun; chmod 0666 /dev/net/tun`, or run the lab as root; without --delay and --loss no need"
         ) from error
 
 

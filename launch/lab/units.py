@@ -20,7 +20,7 @@ def _split(setting: str, text: str, example: str) -> tuple[float, str]:
 def parse_rate(text: str, setting: str = "--rate") -> float:
     """Bits per second of "100mbit", "1gbit", "2.5Mbit/s" (SI prefixes). Raises ValueError."""
     number, unit = _split(setting, text, "100mbit or 1gbit")
-    unit = unit.removesuffix("/s").removesuffix("ps")
+    unit = unit.removesuffix("/s")
     if unit not in _RATE_UNITS:
         allowed = ", ".join(_RATE_UNITS)
         raise ValueError(f"{setting}: {text!r} needs a unit, one of {allowed} (bits per second); e.g. 100mbit")
