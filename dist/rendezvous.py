@@ -78,47 +78,45 @@ def check_in(store: dist.Store, place: Place, record: Mapping[str, Any], timeout
                 "two hosts were started with the same node rank"
             )
         store.set(f"record/{place.rank}", json.dumps(record))
-        waiting_for = set(range(place.world_size))
-        while waiting_for and time.monotonic() < deadline:
-            _wait_for(store, min(waiting_for), min(1.0, max(0.01, deadline - time.monotonic())))
-            waiting_for = {rank for rank in waiting_for if not store.check([f"record/{rank}"])}
-        records = {
-            rank: json.loads(store.get(f"record/{rank}")) for rank in range(place.world_size) if rank not in waiting_for
-        }
-        if not waiting_for:
-            _let_all_read(store, place, deadline)
+        if store.add("here", 1) == place.world_size:
+            store.set("all here", "")
+        if not _appears(store, "all here", deadline):
+            raise _absence(store, place, timeout_s)
+        records = [json.loads(store.get(f"record/{rank}")) for rank in range(place.world_size)]
+        # Rank 0 serves the store: it stays until all have read, to hide from none what it finds wrong next.
+        if store.add("read", 1) == place.world_size:
+            store.set("all read", "")
+        if place.rank == 0:
+            _appears(store, "all read", deadline)
+        return records
     except dist.DistError as error:
         raise RendezvousError(
             f"rank {place.rank} lost the rendezvous store at {where}: rank 0 or its launcher has ended "
             f"({_first_line(error)})",
             [0],
         ) from error
-    if waiting_for:
-        raise RendezvousError(
-            f"{len(waiting_for)} of {place.world_size} ranks did not come to {where} within {timeout_s:g} s. Missing: "
-            f"{_ranges(sorted(waiting_for))}. There: {_ranges(sorted(records))}. Look at the output of the missing "
-            "ones; a slow start needs a larger world.rendezvous_timeout_s",
-            sorted(waiting_for),
-        )
-    return [records[rank] for rank in range(place.world_size)]
 
 
-def _wait_for(store: dist.Store, rank: int, timeout_s: float) -> None:
-    try:
-        store.wait([f"record/{rank}"], timedelta(seconds=timeout_s))
-    except dist.DistStoreError:
-        pass  # it is not there yet: the caller looks again, and at the others too
+def _appears(store: dist.Store, key: str, deadline: float) -> bool:
+    """Whether the key is there by the deadline. Looks again and again: the store's own wait is deaf to Ctrl-C."""
+    pause_s = 0.005
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 0.5)
+    return True
 
 
-def _let_all_read(store: dist.Store, place: Place, deadline: float) -> None:
-    """Rank 0 serves the store: it stays until all have read, to hide from none what it finds wrong next."""
-    if store.add("read", 1) == place.world_size:
-        store.set("all read", "")
-    if place.rank == 0:
-        try:
-            store.wait(["all read"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
-        except dist.DistStoreError:
-            pass  # somebody died while reading: the first operation will tell
+def _absence(store: dist.Store, place: Place, timeout_s: float) -> RendezvousError:
+    there = [rank for rank in range(place.world_size) if store.check([f"record/{rank}"])]
+    missing = sorted(set(range(place.world_size)) - set(there))
+    return RendezvousError(
+        f"{len(missing)} of {place.world_size} ranks did not come to {place.master_addr}:{place.master_port} within "
+        f"{timeout_s:g} s. Missing: {_ranges(missing)}. There: {_ranges(there)}. Look at the output of the missing "
+        "ones; a slow start needs a larger world.rendezvous_timeout_s",
+        missing,
+    )
 
 
 def _listener(place: Place) -> socket.socket:
