@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from thinwire.dist.host import Host, distinct_names, this_host
@@ -14,6 +13,10 @@ from thinwire.launch.doctor.finding import Finding
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+
+# Training refuses to start where these differ; other differences are worth knowing.
+MUST_AGREE = ("thinwire", "torch")
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """Whether the job can train: everybody is there, can train, and has found the same."""
-        return not (self.differences or self.problems or self.missing_ranks)
+        """Whether the job can train: everybody is there, can train, and has the same thinwire and torch."""
+        refused = any(difference.topic in MUST_AGREE for difference in self.differences)
+        return not (refused or self.problems or self.missing_ranks)
 
 
 def record_of(findings: Sequence[Finding]) -> dict[str, Any]:
@@ -68,11 +72,9 @@ def gather(
     store.set(f"doctor/{rank}", json.dumps(record))
     if rank != 0:
         return {}
-    deadline = time.monotonic() + wait_s
-    silent = set(range(size))
-    while silent and time.monotonic() < deadline:
-        _wait(store, f"doctor/{min(silent)}", min(0.5, max(0.01, deadline - time.monotonic())))
-        silent = {peer for peer in silent if not store.check([f"doctor/{peer}"])}
+    keys = {peer: f"doctor/{peer}" for peer in range(size)}
+    _poll(lambda: store.check(list(keys.values())), wait_s)
+    silent = {peer for peer, key in keys.items() if not store.check([key])}
     return {peer: json.loads(store.get(f"doctor/{peer}")) for peer in range(size) if peer not in silent}
 
 
@@ -83,11 +85,9 @@ def share_verdict(store: dist.Store, rank: int, answered: int, ok: bool, wait_s:
     """
     if rank == 0:
         store.set("doctor/verdict", str(int(ok)))
-        deadline = time.monotonic() + wait_s
-        while store.add("doctor/left", 0) < answered - 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        _poll(lambda: store.add("doctor/left", 0) >= answered - 1, wait_s)
         return ok
-    arrived = _wait(store, "doctor/verdict", wait_s)
+    arrived = _poll(lambda: store.check(["doctor/verdict"]), wait_s)
     ok = arrived and store.get("doctor/verdict") == b"1"
     store.add("doctor/left", 1)
     return ok
@@ -133,11 +133,11 @@ def ranges(ranks: Sequence[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _wait(store: dist.Store, key: str, wait_s: float) -> bool:
-    import torch.distributed as dist
-
-    try:
-        store.wait([key], timedelta(seconds=wait_s))
-    except dist.DistStoreError:
-        return False
+def _poll(done: Callable[[], bool], wait_s: float) -> bool:
+    """Whether `done` comes true within wait_s seconds. The store's own wait writes warnings when its time is up."""
+    deadline = time.monotonic() + wait_s
+    while not done():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
     return True

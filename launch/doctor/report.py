@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from thinwire.launch.doctor.finding import Finding
-from thinwire.launch.doctor.ranks import Comparison, ranges
+from thinwire.launch.doctor.ranks import MUST_AGREE, Comparison, ranges
 
 _MARKS = {"ok": ("ok", "green"), "limited": ("--", "yellow"), "problem": ("!!", "bold red")}
 
@@ -105,7 +105,11 @@ def _verdicts(comparison: Comparison) -> list[str]:
     for difference in comparison.differences:
         odd = difference.odd_ranks()
         who = f"rank {ranges(odd)} differs" if odd else "the ranks differ"
-        lines.append(f"{difference.topic}: {who}. Install the same on every rank.")
+        refused = difference.topic in MUST_AGREE
+        what = (
+            "Training refuses to start: install the same on every rank." if refused else "Training starts all the same."
+        )
+        lines.append(f"{difference.topic}: {who}. {what}")
     return lines or [f"All {comparison.world_size} ranks answer and have found the same."]
 
 

@@ -23,7 +23,8 @@ TORCH = SpecifierSet(">=2.9")
 # CPU builds of torch name no Triton; this is what the GPU builds of the same release require.
 _TRITON_OF_TORCH = {"2.13": "3.7.1"}
 
-# Each is also the name of an extra of thinwire.
+# Each is also the name of an extra of thinwire. Only rank 0 needs the last two.
+_RANK_0_ONLY = ("tensorboard", "wandb")
 _OPTIONAL = {
     "deepspeed": "DeepSpeed as the engine inside a node",
     "tokenizers": "Hugging Face tokenizer files (bytes as tokens need none)",
@@ -129,11 +130,12 @@ def check_optional() -> list[Finding]:
     """Packages that only some settings need."""
     findings = []
     for package, prevents in _OPTIONAL.items():
+        shared = package not in _RANK_0_ONLY
         if version := _version(package):
-            findings.append(Finding(package, "ok", version, shared=True))
+            findings.append(Finding(package, "ok", version, shared))
         else:
             remedy = f'pip install "thinwire[{package}]"'
-            findings.append(Finding(package, "limited", "missing", shared=True, without=prevents, remedy=remedy))
+            findings.append(Finding(package, "limited", "missing", shared, without=prevents, remedy=remedy))
     return findings
 
 
@@ -157,7 +159,7 @@ def check_mpi() -> Finding:
     if not path:
         remedy = f"load the module of {library.split()[0]}, or put its bin folder on PATH"
         return Finding("mpi", "limited", found, shared=True, without=lost, remedy=remedy)
-    if _family(launcher).split()[0] != library.split()[0]:
+    if launcher.split()[0] != library.split()[0]:
         why = f"{lost}: every rank would be alone, because mpi4py does not speak to this mpirun"
         remedy = "install one MPI only in this environment, or put the matching mpirun first on PATH"
         return Finding("mpi", "limited", found, True, detail=path, without=why, remedy=remedy)
