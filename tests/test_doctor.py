@@ -147,7 +147,8 @@ def test_what_a_package_prints_is_not_taken_for_an_answer(tmp_path, monkeypatch)
         ({}, "ok", "built for CUDA 12.8"),
         ({"version": "2.13.0+cpu", "cuda": None}, "ok", "built for CPU only"),
         ({"version": "2.8.1"}, "problem", "thinwire needs torch >=2.9"),
-        ({"version": "2.9.0.dev20250901"}, "problem", "thinwire needs torch >=2.9"),
+        ({"version": "2.9.0a0+145a3a7bda.nv25.09"}, "ok", "built for CUDA 12.8"),
+        ({"version": "2.8.0a0+nv25.05"}, "problem", "thinwire needs torch >=2.9"),
     ],
 )
 def test_torch_must_be_new_enough(change, state, text):
@@ -216,7 +217,7 @@ def test_a_package_that_is_missing_or_too_old_is_a_problem(monkeypatch):
             "mpirun (Open MPI) 5.0.11",
             "Open MPI v5.0.11, package: root",
             "ok",
-            "OpenMPI 5.0.11, mpi4py 4 with OpenMPI 5",
+            "OpenMPI 5.0.11, mpi4py 4 with OpenMPI",
         ),
         ("HYDRA build details:\n Version: 5.0.2", "MPICH Version: 5.0.2", "ok", "MPICH 5.0.2, mpi4py 4 with MPICH 5"),
         ("mpirun (Open MPI) 5.0.11", "MPICH Version: 5.0.2", "limited", "OpenMPI 5.0.11, mpi4py 4 with MPICH 5.0.2"),
@@ -280,6 +281,57 @@ def test_the_route_to_the_head_node():
     assert "no-such-host.invalid" in finding.without
     here = machine.check_network(Place("torchrun", 0, 4, 0, 2, 0, "127.0.0.1", 29500))
     assert (here.state, here.found) == ("ok", "gloo talks through lo (127.0.0.1), head node 127.0.0.1:29500")
+
+
+@pytest.mark.parametrize(
+    ("srun", "sinfo", "state", "found"),
+    [
+        (False, None, "limited", "no srun"),
+        (True, None, "limited", "srun, but no controller answers"),
+        (True, "echo no controller >&2; exit 1", "limited", "srun, but no controller answers"),
+        (True, "echo 'debug* 4'", "ok", "srun, and its controller answers"),
+    ],
+)
+def test_slurm_is_there_when_its_controller_answers(tmp_path, monkeypatch, srun, sinfo, state, found):
+    for name, body in {"srun": "exit 0" if srun else None, "sinfo": sinfo}.items():
+        if body is not None:
+            (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = machine.check_slurm()
+    assert (finding.state, finding.found) == (state, found)
+
+
+@pytest.mark.parametrize(
+    ("plain", "delayed", "state", "remedy"),
+    [
+        (None, None, "ok", ""),
+        (None, "no TAP device", "limited", "no TAP device"),
+        ("no user namespaces", "no user namespaces", "limited", "no user namespaces"),
+    ],
+)
+def test_a_machine_without_a_lab_says_why(monkeypatch, plain, delayed, state, remedy):
+    monkeypatch.setattr("thinwire.launch.lab.why_not.why_not", lambda delay=False: delayed if delay else plain)
+    finding = machine.check_lab()
+    assert (finding.state, finding.remedy) == (state, remedy)
+
+
+def test_a_launcher_that_contradicts_itself_is_a_problem_with_its_remedy(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    place, refusal = command._place()
+    finding = machine.check_launcher(place, refusal)
+    assert finding.state == "problem"
+    assert "WORLD_SIZE is not set" in finding.remedy
+
+
+def test_a_rank_without_torch_says_so_and_leaves_rank_0_the_time_to_report(monkeypatch, capsys):
+    waited: list[float] = []
+    monkeypatch.setattr(command, "_place", lambda: (Place("openmpi", 1, 2, 1, 2, None, "127.0.0.1", 1), ""))
+    monkeypatch.setattr(command, "examine", lambda place, refusal: [Finding("torch", "problem", "broken")])
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    assert command.doctor(as_json=False, wait_s=7.0) == 1
+    assert waited == [7.0]
+    assert "rank 1 cannot meet the others without torch" in capsys.readouterr().err
 
 
 def test_a_check_that_fails_itself_hides_no_other(monkeypatch):

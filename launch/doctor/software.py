@@ -86,7 +86,8 @@ def check_torch(probed: dict[str, Any] | ProbeError) -> Finding:
         remedy = f'pip install --force-reinstall "torch{TORCH}"' if version else install
         return Finding("torch", "problem", said, True, detail=str(probed), without="training", remedy=remedy)
     version = probed["version"]
-    if not TORCH.contains(Version(version).public, prereleases=True):
+    # A vendor's build of 2.9 calls itself 2.9.0a0+nv25.9, which is less than 2.9 to the letter only.
+    if not TORCH.contains(Version(version).base_version):
         why = f"training: thinwire needs torch {TORCH}"
         return Finding("torch", "problem", version, True, without=why, remedy=install)
     built_for = f"CUDA {probed['cuda']}" if probed["cuda"] else f"ROCm {probed['hip']}" if probed["hip"] else "CPU only"
