@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -311,7 +312,8 @@ def test_slurm_is_there_when_its_controller_answers(tmp_path, monkeypatch, srun,
     ],
 )
 def test_a_machine_without_a_lab_says_why(monkeypatch, plain, delayed, state, remedy):
-    monkeypatch.setattr("thinwire.launch.lab.why_not.why_not", lambda delay=False: delayed if delay else plain)
+    module = importlib.import_module("thinwire.launch.lab.why_not")  # the package has a function of that name
+    monkeypatch.setattr(module, "why_not", lambda delay=False: delayed if delay else plain)
     finding = machine.check_lab()
     assert (finding.state, finding.remedy) == (state, remedy)
 
