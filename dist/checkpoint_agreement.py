@@ -59,7 +59,7 @@ class Agreement:
             body()
             outcomes = [outcome]
         else:
-            if torch.cuda.is_available():
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # the thread reads tensors on its own stream
             worker = threading.Thread(target=body, name=f"checkpoint {operation}", daemon=True)
             worker.start()
@@ -106,7 +106,7 @@ class Agreement:
 
 def _explain(error: BaseException) -> str:
     if isinstance(error, CheckpointError | ValueError):
-        return str(error)
+        return str(error).removeprefix("checkpoint: ")
     if isinstance(error, OSError):
         return f"on {socket.gethostname()}: {error.strerror or error} ({error.filename or 'while writing or reading'})"
     return f"{type(error).__name__}: {error}"

@@ -42,7 +42,7 @@ class Manifest(_Strict):
     format: Literal[1]
     step: NonNegativeInt
     save_id: str = Field(pattern="^[0-9a-f]{32}$")
-    world_size: NonNegativeInt
+    world_size: int = Field(ge=1, le=1 << 20)
     disks: list[list[int]]
     ranks: list[int]
     torch_version: str

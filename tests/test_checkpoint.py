@@ -403,7 +403,7 @@ def test_a_rank_that_fails_fails_all_and_leaves_the_older_generation(tmp_path: P
     run_ranks(2, work)
     assert texts[0] == texts[1]
     bad, shape, value = texts[0]
-    assert "rank 1: checkpoint: bad is a builtins.object" in bad
+    assert "rank 1: bad is a builtins.object" in bad
     assert "older checkpoints" in bad
     assert "x is torch.float32 of size (2,) on one rank and torch.float32 of size (3,) on another" in shape
     assert "plain values in `shared` on ranks [1] differ" in value

@@ -93,6 +93,7 @@ def test_a_form_that_was_never_written_is_refused(stored: Any) -> None:
         unflatten({"x": [stored]}, {})
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torchs_own_save_and_load_work_with_the_pair(tmp_path: Path) -> None:
     tree = {"model": {"w": torch.randn(4, 4), "n": torch.tensor(3)}, "lr": 0.1, "betas": (0.9, 0.999)}
     dcp.save(
