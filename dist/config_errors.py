@@ -44,7 +44,11 @@ def _locate(
         variants = _models(node)
         if isinstance(part, int):
             path += f"[{part}]"
-            node = next(iter(get_args(_bare(node))), None)
+            lists = _lists(node)
+            node = get_args(lists[0])[0] if lists else None
+            field = None
+        elif (lists := _lists(node)) and not variants:
+            node = lists[0]
         elif len(variants) > 1 and (chosen := _by_tag(variants).get(part)):
             node = owner = chosen
         elif len(variants) == 1 and part in variants[0].model_fields:
@@ -152,6 +156,13 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if get_origin(annotation) in (Union, types.UnionType):
         return [model for member in get_args(annotation) for model in _models(member)]
     return []
+
+
+def _lists(annotation: Any) -> list[Any]:
+    """The list types that an annotation holds: itself, or the members of a union."""
+    annotation = _bare(annotation)
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return [member for member in members if get_origin(member) in (tuple, list)]
 
 
 def _by_tag(models: list[type[BaseModel]]) -> dict[str, type[BaseModel]]:

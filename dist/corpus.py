@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 # Below the standard library's folder: tests, other people's packages, and tables that a program wrote.
-_NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "_vendor", "__pycache__"}
-_GENERATED = {"encodings", "pydoc_data"}
+_NOT_TEXT = {
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "_bundled", "_vendor", "__pycache__"),
+    *("encodings", "pydoc_data"),
+}
 _SPLIT_BITS = 32
 
 
@@ -29,12 +32,13 @@ def standard_library() -> list[Path]:
     Without tests, installed and bundled packages, generated tables, and files named after the machine.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    return [
-        path
-        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
-        if not (_NOT_TEXT | _GENERATED).intersection(path.relative_to(root).parts[:-1])
-        and not path.relative_to(root).parts[0].startswith(("config-", "_sysconfigdata"))
-    ]
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in _NOT_TEXT and not name.startswith("config-")]
+        found += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
