@@ -16,11 +16,14 @@ SWITCH = "switch"
 
 @dataclass
 class FakeGpu:
-    """links: what each NVLink leads to: the index of a GPU, SWITCH, or None for an inactive one."""
+    """links: what each NVLink leads to: the index of a GPU, SWITCH, or None for an inactive one.
+
+    cluster: the NVLink fabric's identity; all zeros on a host that is its own fabric; None without a fabric manager.
+    """
 
     links: list[int | str | None] = field(default_factory=list)
     bus: int = 0
-    cluster: bytes = bytes(16)
+    cluster: bytes | None = None
 
 
 class FakeNvml:
@@ -106,11 +109,11 @@ class FakeNvml:
     def _nvmlDeviceGetGpuFabricInfoV(self, handle: int, pointer: Any) -> int:
         info = pointer._obj  # what ctypes.byref() was given
         cluster = self.gpus[handle].cluster
-        info.clusterUuid[:] = list(cluster)
-        info.state = (
-            pynvml.NVML_GPU_FABRIC_STATE_COMPLETED if any(cluster) else pynvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED
-        )
-        info.cliqueId = 7
+        info.state = pynvml.NVML_GPU_FABRIC_STATE_NOT_SUPPORTED
+        if cluster is not None:
+            info.clusterUuid[:] = list(cluster)
+            info.state = pynvml.NVML_GPU_FABRIC_STATE_COMPLETED
+            info.cliqueId = 7
         return pynvml.NVML_SUCCESS
 
     def _link(self, handle: int, link: int) -> int | str | None:
@@ -124,7 +127,7 @@ class FakeNvml:
 
 def switched(failures: Mapping[str, int] | None = None) -> FakeNvml:
     """Eight GPUs with 18 links each to NVSwitches, as in an HGX H100 box."""
-    gpus = [FakeGpu(links=[SWITCH] * 18, bus=0x10 + 0x10 * i) for i in range(8)]
+    gpus = [FakeGpu(links=[SWITCH] * 18, bus=0x10 + 0x10 * i, cluster=bytes(16)) for i in range(8)]
     return FakeNvml(gpus, _two_sockets(8), failures)
 
 

@@ -27,9 +27,17 @@ def test_eight_switched_gpus_are_one_node_without_pairs():
     assert (len(gpus), reason) == (8, "")
     assert all(gpu.nvlinks == gpu.nvswitch_links == 18 and len(gpu.nvlink_peers) == 7 for gpu in gpus)
     assert sizes(mesh_of(gpus, ["a"] * 8)) == [("node", 8)]
+    assert all(gpu.fabric is None for gpu in gpus)
     two_boxes = mesh_of([*gpus, *gpus], ["a"] * 8 + ["b"] * 8)
     assert sizes(two_boxes) == [("node", 8), ("world", 16)]
     assert two_boxes.level("pair") == two_boxes.level("node")
+
+
+def test_switched_gpus_are_joined_also_where_peer_status_is_unknown():
+    gpus, _ = list_gpus(switched({"nvmlDeviceGetP2PStatus": pynvml.NVML_ERROR_NOT_SUPPORTED}))
+    assert [gpu.nvlink_peers for gpu in gpus] == [()] * 8
+    mesh = mesh_of([*gpus, None, None], ["a"] * 10)
+    assert mesh.remarks == ("pair is merged into the next level, because its groups hold 1 or 8 ranks",)
 
 
 def test_nvlink_pairs_are_found_by_their_links_not_by_their_index():
