@@ -26,7 +26,10 @@ class TwoShotMean:
         self._scratch: dict[str, Tensor] = {}
 
     def __call__(self, channel: Channel, tensor: Tensor) -> None:
-        """Replace the flat, contiguous `tensor` by the mean over the ranks. Not reentrant."""
+        """Replace the flat, contiguous `tensor` by the mean over the ranks. Not reentrant.
+
+        The owner's slice goes straight to every rank, as one copy for each: that costs less than the latencies of a ring.
+        """
         rank, size = channel.rank, channel.size
         splits = split_evenly(tensor.numel(), size)
         own = splits[rank]
@@ -34,9 +37,10 @@ class TwoShotMean:
         payload = self._take("payload", tensor.numel(), tensor.device).copy_(tensor) if cast else tensor
         received = self._take("received", size * own, tensor.device)
         channel.all_to_all(received, payload, [own] * size, splits)
-        reduced = self._take("reduced", own, tensor.device)
-        cast_reduce(received.view(size, own), scale=1.0 / size, out=reduced)
-        channel.all_gather(payload, reduced, splits)
+        copies = self._take("copies", size * own, tensor.device).view(size, own)
+        cast_reduce(received.view(size, own), scale=1.0 / size, out=copies[0])
+        copies[1:] = copies[0]
+        channel.all_to_all(payload, copies.view(-1), splits, [own] * size)
         if cast:
             tensor.copy_(payload)
 
