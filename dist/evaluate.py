@@ -33,7 +33,7 @@ def evaluate(
     device: torch.device,
     precision: AbstractContextManager[Any],
 ) -> Evaluation:
-    """Score the first `count` windows, `batch` at a time.
+    """Score `count` windows, spread evenly over the text, `batch` at a time.
 
     Batch number b is always made of the same windows and goes to rank b mod size. Each rank tells its batches' sums of
     nats in fp64, and math.fsum rounds their total once, so the order does not matter.
@@ -49,7 +49,8 @@ def evaluate(
     model.eval()
     with torch.no_grad(), precision:
         for row, first in enumerate(firsts[queue.rank :: queue.size]):
-            part = windows.batch(range(first, min(first + batch, count)), device)
+            chosen = [i * windows.count // count for i in range(first, min(first + batch, count))]
+            part = windows.batch(chosen, device)
             logits = model(part.inputs).float().flatten(0, 1)
             nats = F.cross_entropy(logits, part.targets.flatten(), reduction="none").double().sum()
             sums[row] = torch.tensor([float(nats), part.targets.numel(), part.text_bytes])

@@ -31,8 +31,8 @@ class Sink(Protocol):
 class StepTraffic:
     """What the meter, and the network interface, counted from step to step.
 
-    Read it where the queue is idle but for what the step itself awaited; the training loop does so at each step's end,
-    when every bucket has been waited for. (The 16 bytes of a step's report count for the step after it.)
+    Read it where the queue is idle; the training loop does so at each step's end, when every bucket has been waited
+    for, and before it sends the step's report: the 16 bytes of that count for the step after it.
 
     Args:
         meter: payload bytes of this rank.

@@ -214,10 +214,10 @@ class Trainer:
             raise NonFiniteError(self.state.step + 1, ranks, "the averaged gradient is not finite")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._reports.send(loss, bool(self.stop.reason))
         step_s = time.monotonic() - began
         exposed_s = queue.exposed_s - exposed_before
         traffic = self._traffic.since_last()
+        self._reports.send(loss, bool(self.stop.reason))
         plain_bytes = 2 * 4 * self.parameters * (self.world.size - 1) / self.world.size
         return {
             "lr": lr,

@@ -114,7 +114,7 @@ def test_bf16_stays_close_to_fp32() -> None:
 
 
 def test_too_many_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="model.context: 17 tokens"):
+    with pytest.raises(ValueError, match=r"model\.context: 17 tokens"):
         model_of()(some_tokens(length=17))
 
 
