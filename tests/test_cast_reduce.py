@@ -174,9 +174,7 @@ def test_interpreted_kernel_equals_the_reference() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    ("n", "source", "out"), [(4, BF16, BF16), (8, FP32, FP32), (16, FP16, FP16), (17, BF16, FP32)], ids=str
-)
+@pytest.mark.parametrize(("n", "source", "out"), [(4, BF16, BF16), (16, FP16, FP32), (17, FP32, FP32)], ids=str)
 def test_compiles_wide_and_without_spills(target: str, n: int, source: torch.dtype, out: torch.dtype) -> None:
     constants = module.compile_time(n)
     compiled = compile_ahead(
@@ -192,6 +190,7 @@ def test_compiles_wide_and_without_spills(target: str, n: int, source: torch.dty
     # Lanes hold 16 bytes of what they load and of what they store: elements change lanes where the sizes differ.
     assert compiled.shared_bytes == (0 if source.itemsize == out.itemsize else module.BLOCK * out.itemsize)
     assert compiled.fused == ()
+    assert compiled.keeps_subnormals
     assert compiled.wide_loads >= constants["UNROLLED"] * module.BLOCK * source.itemsize // (16 * lanes)
     assert compiled.wide_stores >= module.BLOCK * out.itemsize // (16 * lanes)
 

@@ -46,6 +46,7 @@ class Compiled:
     wide_loads: int  # instructions that load 16 bytes per lane
     wide_stores: int
     fused: tuple[str, ...]  # fused multiply-adds of floats: none, if the kernel is to equal PyTorch bit for bit
+    keeps_subnormals: bool
     assembly: str  # SASS or AMD's
 
 
@@ -109,6 +110,7 @@ def _read_nvidia(asm: Mapping[str, str | bytes], shared_bytes: int) -> Compiled:
         wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", sass)),
         wide_stores=len(re.findall(r"\bSTG\.E\S*\.128\b", sass)),
         fused=tuple(re.findall(r"\bfma\.r\S*f(?:16|32|64)\S*|\bfma\.rn\.bf16\S*", asm["ptx"])),
+        keeps_subnormals=".ftz" not in asm["ptx"],
         assembly=sass,
     )
 
@@ -125,5 +127,6 @@ def _read_amd(asm: Mapping[str, str | bytes], shared_bytes: int) -> Compiled:
         wide_loads=len(re.findall(r"\b(?:global|buffer|flat)_load_dwordx4\b", text)),
         wide_stores=len(re.findall(r"\b(?:global|buffer|flat)_store_dwordx4\b", text)),
         fused=tuple(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f(?:16|32|64)\S*", text)),
+        keeps_subnormals=text.count(".amdhsa_float_denorm_mode_32 3") == 1,
         assembly=text,
     )
