@@ -64,7 +64,7 @@ def slurm() -> Iterator[dict[str, str]]:
     """
     if shutil.which("srun") is None:
         raise NoSlurmError("srun is not installed")
-    if _answers(dict(os.environ)):
+    if _answers(dict(os.environ), nodes=1):
         yield dict(os.environ)
         return
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"])
@@ -90,7 +90,7 @@ def slurm() -> Iterator[dict[str, str]]:
             stack.callback(_end, daemon)
             if Path(str(command[0])).name == "munged":
                 _wait_until((folder / "munge.socket").exists, folder)
-        _wait_until(lambda: _answers(environment), folder)
+        _wait_until(lambda: _answers(environment, nodes=2), folder)
         yield environment
 
 
@@ -106,9 +106,7 @@ def _configure(folder: Path) -> Path:
     config = folder / "slurm.conf"
     host = socket.gethostname().split(".")[0]
     config.write_text(
-        _CONFIG.format(
-            folder=folder, host=host, controller_port=controller, first_port=first, second_port=second
-        )
+        _CONFIG.format(folder=folder, host=host, controller_port=controller, first_port=first, second_port=second)
     )
     return config
 
@@ -118,13 +116,10 @@ def _munge_options(folder: Path) -> list[str]:
     return [f"--{option}={folder / name}" for option, name in names.items()]
 
 
-def _answers(environment: dict[str, str]) -> bool:
-    """Whether srun runs a task on two nodes (of a Slurm that is there already: on one)."""
-    nodes = "2" if "SLURM_CONF" in environment else "1"
+def _answers(environment: dict[str, str], nodes: int) -> bool:
+    command = ["srun", "--immediate=5", "--nodes", str(nodes), "true"]
     try:
-        done = subprocess.run(
-            ["srun", "--immediate=5", "--nodes", nodes, "true"], env=environment, capture_output=True, timeout=15
-        )
+        done = subprocess.run(command, env=environment, check=False, capture_output=True, timeout=15)
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0
@@ -135,7 +130,9 @@ def _wait_until(condition: object, folder: Path) -> None:
     deadline = time.monotonic() + _START_S
     while not condition():
         if time.monotonic() > deadline:
-            logs = "\n".join(f"{p.name}: {p.read_text()[-2000:]}" for p in [*folder.glob("*.log"), *folder.glob("*.out")])
+            logs = "\n".join(
+                f"{p.name}: {p.read_text()[-2000:]}" for p in [*folder.glob("*.log"), *folder.glob("*.out")]
+            )
             raise RuntimeError(f"the private Slurm did not start within {_START_S:g} s\n{logs}")
         time.sleep(0.05)
 
