@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from thinwire.launch.lab import Lab, Run, why_not
+from thinwire.launch.lab import Lab, LabError, Run, why_not
+from thinwire.launch.lab.mpi import find_mpirun
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no lab on this machine: {why_not()}")
 needs_delay = pytest.mark.skipif(why_not(delay=True) is not None, reason=f"no delay here: {why_not(delay=True)}")
@@ -182,21 +183,13 @@ def test_a_cut_link_is_a_black_hole_until_restored(tmp_path: Path, delay_s: floa
         until(lambda: turns() > stuck + 5)
 
 
-@pytest.fixture
-def mpi_python() -> Iterator[str]:
-    from thinwire.launch.lab.mpi import find_mpirun
-    from thinwire.launch.lab.spec import LabError
-
+def test_one_mpirun_across_the_hosts(tmp_path: Path) -> None:
     try:
         found = find_mpirun({})
     except LabError as error:
         pytest.skip(str(error))
     if subprocess.run([found, "--version"], capture_output=True, check=False).returncode:
         pytest.skip(f"{found} does not even say its version")
-    yield found
-
-
-def test_one_mpirun_across_the_hosts(tmp_path: Path, mpi_python: str) -> None:
     script = "echo rank ${OMPI_COMM_WORLD_RANK:-$PMI_RANK} on $(hostname) lab=$THINWIRE_LAB"
     log = tmp_path / "log"
     with Lab(hosts=3, ranks_per_host=2, rate_bps=1e9) as lab, log.open("w") as file:

@@ -21,6 +21,7 @@ from thinwire.launch.lab.run import Member, Output, Run
 from thinwire.launch.lab.spec import LabError, LabSpec, address
 
 _FIRST_PORT = 29500
+_END_S = 60.0
 _UNCHANGED: Any = object()
 
 
@@ -105,31 +106,38 @@ class Lab(Links):
     ) -> None:
         super().__init__(secrets.token_hex(3))
         self.spec = LabSpec(hosts, rate_bps, delay_s, loss, ranks_per_host)
+        self._lifeline: Connection | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
         self._runs: list[Run] = []
 
     def open(self) -> Lab:
         """Build the hosts. Raises LabError."""
         if sys.platform != "linux":
-            raise LabError(f"the lab needs Linux's network namespaces, which {sys.platform} has not")
+            raise LabError(
+                f"the lab needs Linux's network namespaces, which {sys.platform} has not: use a Linux virtual machine"
+            )
         running_labs()  # removes the folders of labs that were killed
         lab_folder(self.id).mkdir(mode=0o700)
         ours, theirs = socket.socketpair()
         self._lifeline = Connection(ours)
         module_path = str(Path(thinwire.__file__).resolve().parent.parent)
         python_path = os.pathsep.join(filter(None, [module_path, os.environ.get("PYTHONPATH")]))
-        self._guardian = subprocess.Popen(
-            [sys.executable, "-m", "thinwire.launch.lab.guardian", self.id, self.spec.to_json(), str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": python_path},
-        )
-        theirs.close()
-        answer = self._lifeline.receive()
-        if answer is None or "error" in answer:
+        arguments = [self.id, self.spec.to_json(), str(theirs.fileno())]
+        try:
+            with theirs:
+                self._guardian = subprocess.Popen(
+                    [sys.executable, "-m", "thinwire.launch.lab.guardian", *arguments],
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": python_path},
+                )
+            answer = self._lifeline.receive()
+            if answer is None or "error" in answer:
+                raise LabError(answer["error"] if answer else "the lab's guardian process died; its error is above")
+        except BaseException:
             self.close()
-            raise LabError(answer["error"] if answer else "the lab's guardian process died; its error is above")
+            raise
         return self
 
     def start(
@@ -178,11 +186,16 @@ class Lab(Links):
 
     def close(self) -> None:
         """End every process of the lab and remove it. Idempotent."""
-        if self._guardian is None:
+        if self._lifeline is None:
             return
         self._lifeline.close()
-        self._guardian.wait()
-        self._guardian = None
+        self._lifeline = None
+        if self._guardian is not None:
+            try:
+                self._guardian.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                self._guardian.kill()
+                self._guardian.wait()
         shutil.rmtree(lab_folder(self.id), ignore_errors=True)  # only a guardian that was killed leaves it
         for run in self._runs:
             run.close()
