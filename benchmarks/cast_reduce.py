@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from runner import Row, arguments, copying, measure, report
 from torch import Tensor
@@ -73,8 +71,6 @@ def main() -> None:
     with torch.no_grad():
         rows = [bench(n, m, dtype, device, options.repeats) for n, m, dtype in cases]
     report(__doc__, rows, device=device, path=options.json)
-    mean = math.exp(sum(math.log(row["share_of_copy"]) for row in rows) / len(rows))
-    print(f"\nshare of the copy bandwidth, geometric mean: {mean:.2f}")
 
 
 if __name__ == "__main__":

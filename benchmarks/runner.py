@@ -84,8 +84,16 @@ def report(claim: str, rows: Sequence[Row], *, device: torch.device, path: Path 
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     if path is not None:
-        content = {"claim": claim, "machine": described, "rows": [dict(row) for row in rows]}
+        content = {
+            "claim": claim,
+            "machine": described,
+            "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],
+        }
         path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _rounded(value: str | int | float) -> str | int | float:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _text(value: str | int | float) -> str:
@@ -106,7 +114,7 @@ def _time_on_gpu(work: Callable[[], Any]) -> float:
     work()
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop) / 1e3
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 def _cpu_model() -> str:
