@@ -109,6 +109,25 @@ def doctor(
     raise typer.Exit(run(as_json, wait))
 
 
+@app.command()
+def demo(
+    hosts: Annotated[int, typer.Option(min=2, help="Emulated hosts, one rank each.")] = 4,
+    rate: Annotated[str, typer.Option(help="Rate of each host's link: 100mbit, 1gbit.")] = "100mbit",
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps of each run.", show_default="50")] = None,
+    folder: Annotated[Path, typer.Option(help="Where the runs and the plot go.")] = Path("runs/demo"),
+) -> None:
+    """Train a GPT on emulated hosts by each method, and show what each cost."""
+    from thinwire.launch.demo import demo as run
+    from thinwire.launch.lab.units import parse_rate
+
+    try:
+        rate_bps = parse_rate(rate)
+    except ValueError as error:
+        typer.echo(f"thinwire demo: {error}", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run(hosts=hosts, rate_bps=rate_bps, steps=steps, folder=folder))
+
+
 LinkHost = Annotated[str, typer.Argument(help="Whose link: host2.")]
 LabId = Annotated[str | None, typer.Option("--lab", help="Id of the lab, if several run.", show_default="the only one")]
 

@@ -1,0 +1,103 @@
+"""`thinwire demo`: the same GPT trained by each method on four emulated hosts, and what each cost.
+
+Imports no torch: the ranks are processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from thinwire.launch.comparison import RunOutcome, draw_curves, print_table, read_outcome
+from thinwire.launch.lab import Lab, LabError, why_not
+from thinwire.launch.lab.units import format_rate
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of the demo: a label for the table, and the settings that make it differ from configs/demo.yaml."""
+
+    label: str
+    overrides: tuple[str, ...]
+
+
+# A method that lands adds its line here.
+VARIANTS = (
+    Variant("all-reduce fp32", ("method.dtype=fp32",)),
+    Variant("all-reduce bf16", ("method.dtype=bf16",)),
+)
+
+
+def demo(*, hosts: int, rate_bps: float, steps: int | None, folder: Path) -> int:
+    """Train every variant, print the table, save the plot; returns the exit code of `thinwire demo`.
+
+    On a machine that forbids network namespaces the same ranks run as plain processes, and the table says that its
+    link times are computed: bytes sent * 8 / rate, overlapping with nothing.
+
+    Args:
+        hosts: emulated hosts, one rank each.
+        rate_bps: rate of each host's link, in bits per second.
+        steps: optimizer steps of each run; default: those of configs/demo.yaml.
+        folder: receives one run folder per variant, and loss.png. What an earlier demo left there is replaced.
+    """
+    obstacle = why_not()
+    if obstacle:
+        print(
+            f"This machine cannot emulate hosts: {obstacle}\n"
+            f"So the {hosts} ranks run as plain processes on an unlimited loopback. The table computes what a "
+            f"{format_rate(rate_bps)} link would have added.\n"
+        )
+    outcomes: list[RunOutcome] = []
+    with as_file(files("thinwire.configs") / "demo.yaml") as config:
+        for variant in VARIANTS:
+            name = variant.label.replace(" ", "-")
+            shutil.rmtree(folder / name, ignore_errors=True)
+            command = _command(config, variant, hosts, steps, folder, name)
+            print(f"\n--- {variant.label} " + "-" * (60 - len(variant.label)), flush=True)
+            try:
+                code = _run_plainly(command, hosts) if obstacle else _run_in_lab(command, hosts, rate_bps)
+            except LabError as error:
+                print(f"thinwire demo: {error}", file=sys.stderr)
+                return 3
+            if code:
+                print(f"thinwire demo: the run {variant.label!r} failed, its messages are above", file=sys.stderr)
+                return code
+            outcomes.append(read_outcome(variant.label, folder / name, modelled_bps=rate_bps if obstacle else None))
+    print()
+    print_table(
+        outcomes, title=f"{hosts} hosts, {format_rate(rate_bps)} each" + (", link modelled" if obstacle else "")
+    )
+    draw_curves(outcomes, folder / "loss.png", title=f"GPT on {hosts} hosts joined by {format_rate(rate_bps)}")
+    print(f"\nloss against seconds: {folder / 'loss.png'}; every step: {folder}/*/metrics.jsonl")
+    return 0
+
+
+def _command(config: Path, variant: Variant, hosts: int, steps: int | None, folder: Path, name: str) -> list[str]:
+    threads = max(1, (os.cpu_count() or 1) // hosts)  # the hosts share this machine's cores
+    settings = [f"output.folder={folder}", f"name={name}", f"world.threads={threads}", *variant.overrides]
+    if steps is not None:
+        settings.append(f"train.steps={steps}")
+    return [sys.executable, "-m", "thinwire", "train", str(config), *settings]
+
+
+def _run_in_lab(command: list[str], hosts: int, rate_bps: float) -> int:
+    with Lab(hosts=hosts, rate_bps=rate_bps) as lab:
+        run = lab.start(command, output="rank0")
+        try:
+            code = run.wait()
+        except KeyboardInterrupt:
+            run.stop()
+            raise
+        for line in run.report():
+            print(line, file=sys.stderr)
+        return code
+
+
+def _run_plainly(command: list[str], hosts: int) -> int:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={hosts}"]
+    return subprocess.run([*launcher, *command[1:]], check=False).returncode
