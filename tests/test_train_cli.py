@@ -73,6 +73,8 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     assert [record["step"] for record in read_records(folder / "metrics.jsonl")] == list(range(1, step + 1))
     shown = load_config(folder / "config.yaml")
     assert shown == load_config(config, ["train.steps=100000", "output.every_s=0"])
+    if launcher is TORCHRUN:
+        return  # that several ranks continue bit for bit is shown with threads, in a fraction of the time
 
     with process(*launcher, config, f"train.steps={step + 2}") as child:
         rest, errors = child.communicate(timeout=DEADLINE_S)
@@ -105,7 +107,6 @@ def test_a_second_signal_kills() -> None:
     [
         ("data.files=[nowhere/*.txt]", "data.files: 'nowhere/*.txt' matches no file"),
         ("train.micro_batch=5", "train.micro_batch: 5 does not divide"),
-        ("world.interface=nowhere0", "world.interface: 'nowhere0' does not exist"),
     ],
 )
 def test_a_users_mistake_is_one_message_and_exit_code_2(tmp_path: Path, override: str, says: str) -> None:
