@@ -1,4 +1,9 @@
-"""The wires: a switch, one link per host, and the token buckets that make them slow. Speaks iproute2."""
+"""The wires: a switch, one link per host, and the token buckets that make them slow. Speaks iproute2.
+
+A rate limits frames as the interfaces count them: 14 bytes of Ethernet header and all above, so that a full frame of
+1514 bytes carries 1448 of TCP (4.6 %), and acknowledgements come on top. Segmentation offload is off, so that
+every frame is counted as one; at 1 Gbit/s this costs about a fifth of a core.
+"""
 
 from __future__ import annotations
 
