@@ -19,15 +19,16 @@ from thinwire.dist.world import World
 class RunState:
     """Model, optimizer, method and random numbers of this rank, with the checkpoints that hold them. Collective.
 
-    The place in the text needs no memory: it is a function of the step.
+    The place in the text needs no memory: it is a function of the step. The run's own checkpoints come first, also
+    where checkpoint.resume names another run's: the same command starts there once, and continues the run from then on.
 
     Args:
         folder: of the run.
         facts: numeric settings and data, which a checkpoint that is continued must share.
     Attributes: step, the finished steps; resumed, what the run continues from, or "".
     Raises:
-        CheckpointError, ConfigError: what the folder holds cannot be continued.
-        ValueError: checkpoint.resume names a folder without checkpoints.
+        CheckpointError, ConfigError: what the folder holds, or checkpoint.resume names, cannot be continued.
+        ValueError: checkpoint.resume names a run with another kind of optimizer.
     """
 
     def __init__(
@@ -68,17 +69,22 @@ class RunState:
             source, settings, group=world.group, rank=world.rank, world_size=world.size, read_only=True
         )
         loaded = checkpoints.load_latest(self._shared())
-        if loaded is None:
+        assert loaded is not None  # read-only, no checkpoint is an error
+        saved, present = loaded.facts["settings"].get("optimizer.kind"), self._facts["settings"]["optimizer.kind"]
+        if saved != present:
             raise ValueError(
-                f"checkpoint.resume: {source} holds no checkpoint; give a folder with step-* folders, or one of these, "
-                "or auto, or never"
+                f"optimizer.kind: {present}, but checkpoint.resume names {loaded.path}, written with {saved}, whose "
+                f"memory means nothing to it; give optimizer.kind={saved}"
             )
         return loaded
 
     def _restore(self, loaded: Loaded) -> None:
         assert loaded.per_rank is not None  # another number of ranks was refused
         self._model.load_state_dict(loaded.shared["model"])
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(loaded.shared["optimizer"])
+        for group, present in zip(self._optimizer.param_groups, options, strict=True):
+            group.update(present)  # torch would go on with the checkpoint's, whatever the configuration says
         self._method.load_state_dict(loaded.per_rank["method"])
         torch.set_rng_state(loaded.per_rank["random"]["cpu"])
         if "cuda" in loaded.per_rank["random"] and self._device.type == "cuda":

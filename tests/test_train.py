@@ -13,6 +13,7 @@ import torch
 from ranks import Rank, run_ranks, run_ranks_to_the_end
 from worlds import close_world, small_config, thread_world
 
+from thinwire.dist.checkpoint import CheckpointError
 from thinwire.dist.config import RunConfig
 from thinwire.dist.config_errors import ConfigError
 from thinwire.dist.metrics import Record
@@ -144,6 +145,31 @@ def test_checkpoints_on_the_way_can_be_continued_too(tmp_path: Path) -> None:
     assert same_weights(whole, other)
 
 
+def test_another_runs_checkpoint_is_a_start_with_the_present_settings(tmp_path: Path) -> None:
+    train(small_config(tmp_path, "name=source", "train.steps=2"))
+    source = tmp_path / "runs" / "source" / "checkpoints"
+    branch = ["name=branch", "train.steps=4", f"checkpoint.resume={source}"]
+
+    def work(rank: Rank) -> list[dict[str, Any]]:
+        world = thread_world(rank)
+        try:
+            trainer = Trainer(small_config(tmp_path, *branch, "optimizer.weight_decay=0.25"), world)
+            assert trainer.state.step == 2
+            return trainer.optimizer.param_groups
+        finally:
+            close_world(world)
+
+    assert [group["weight_decay"] for group in run_ranks(1, work)[0]] == [0.25, 0.0]
+    with pytest.raises(ValueError, match=r"optimizer\.kind: sgd, .* written with adamw"):
+        train(small_config(tmp_path, *branch, "optimizer={kind: sgd, lr: 0.1}"))
+    (first,) = train(small_config(tmp_path, *branch))
+    (again,) = train(small_config(tmp_path, *branch))  # its own checkpoint comes first
+    assert "after 4 steps" in again.resumed
+    assert same_weights(first, again)
+    with pytest.raises(CheckpointError, match=r"nowhere holds no checkpoint.* checkpoint\.resume"):
+        train(small_config(tmp_path, "name=lost", f"checkpoint.resume={tmp_path}/nowhere"))
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     (first,) = train(small_config(tmp_path))
     (second,) = train(small_config(tmp_path))
@@ -265,10 +291,12 @@ def test_a_non_finite_loss_with_finite_gradients_is_reported(tmp_path: Path) -> 
 
 
 def test_ranks_with_different_settings_do_not_start(tmp_path: Path) -> None:
+    configs = [small_config(tmp_path, f"optimizer.lr={lr}") for lr in (0.25, 0.5, 0.25, 0.25)]
+
     def work(rank: Rank) -> Trainer:
         world = thread_world(rank)
         try:
-            return Trainer(small_config(tmp_path, f"optimizer.lr={0.5 if rank.rank == 1 else 0.25}"), world)
+            return Trainer(configs[rank.rank], world)
         finally:
             close_world(world)
 
@@ -286,10 +314,12 @@ def test_bf16_trains_like_fp32(tmp_path: Path) -> None:
 
 
 def test_the_description_says_what_a_step_will_send(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+
     def work(rank: Rank) -> str:
         world = thread_world(rank)
         try:
-            return Trainer(small_config(tmp_path), world).describe()
+            return Trainer(config, world).describe()
         finally:
             close_world(world)
 
