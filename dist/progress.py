@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from thinwire.dist.metrics import Record
 
@@ -18,15 +20,22 @@ def open_progress(total_steps: int, finished_steps: int, every_s: float, out: Te
     return Bar(total_steps, finished_steps, out) if out.isatty() else Lines(total_steps, every_s, out)
 
 
+class _BarAndFigures(Progress):
+    """The figures below the bar: beside it they would not fit on a terminal of usual width."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(task.fields["figures"]) for task in self.tasks)
+
+
 class Bar:
     """A rich progress bar with the last step's figures; evaluations stay above it as lines."""
 
     def __init__(self, total_steps: int, finished_steps: int, out: TextIO) -> None:
-        self._progress = Progress(
+        self._progress = _BarAndFigures(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[figures]}"),
+            BarColumn(),
             TimeRemainingColumn(compact=True),
             console=Console(file=out),
         )

@@ -131,8 +131,8 @@ class Trainer:
         )
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model = wrap_ddp(model, config.engine, world.group)
-        self.method = attach(config.method, self.model, world.queue)
         self.optimizer = build_optimizer(config.optimizer, model)
+        self.method = attach(config.method, model=self.model, optimizer=self.optimizer, world=world)
         facts = numeric_settings(resolved) | self.data.fingerprint
         self.state = RunState(model, self.optimizer, self.method, world, config.folder, config.checkpoint, facts)
         self._reports = StepReports(world.queue)

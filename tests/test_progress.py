@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 
+from rich.console import Console
+
 from thinwire.dist.progress import Bar, Lines, open_progress
 
 RECORD = {
@@ -65,6 +67,11 @@ def test_the_bar_holds_the_figures() -> None:
     progress.write(RECORD | VALIDATION)
     shown = progress._progress.tasks[0]
     assert (shown.completed, shown.total) == (3, 10)
-    assert all(figure in shown.fields["figures"] for figure in FIGURES)
     progress.close()
+    narrow = Console(width=70, file=io.StringIO())
+    narrow.print(progress._progress.get_renderable())
+    assert isinstance(narrow.file, io.StringIO)
+    words = narrow.file.getvalue().split()
+    assert "3/10" in words
+    assert all(set(figure.split()) <= set(words) for figure in FIGURES)
     assert "step 3: validation loss 1.500  2.164 bits/byte" in out.getvalue()
