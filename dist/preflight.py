@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed import DistStoreError, Store
+from torch.distributed import DistNetworkError, DistStoreError, Store
 
 import thinwire
 from thinwire.comm.queue import CommQueue
@@ -45,7 +45,7 @@ def wait_for_all(queue: CommQueue, store: Store, timeout_s: float) -> None:
         try:
             store.wait(keys, timedelta(seconds=_ASK_EVERY_S))
             return
-        except DistStoreError:
+        except (DistStoreError, DistNetworkError):  # not yet there, or the rank that serves the store is gone
             if queue.monitor.survey(queue.name, 1.0).silent:
                 return
 

@@ -121,3 +121,20 @@ def test_slow_ranks_are_waited_for() -> None:
         return there
 
     assert run_ranks(3, work) == [["ready/0", "ready/1", "ready/2"]] * 3
+
+
+def test_a_rank_that_died_before_it_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thinwire.dist.preflight._ASK_EVERY_S", 0.2)
+
+    def work(rank: Rank) -> bool:
+        queue = rank.queue()
+        if rank.rank == 2:
+            queue.close()
+            queue.monitor.close()
+            return False
+        wait_for_all(queue, rank.store, timeout_s=3600.0)
+        queue.close()
+        queue.monitor.close()
+        return True
+
+    assert run_ranks(3, work) == [True, True, False]
