@@ -118,7 +118,7 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     elif isinstance(error, (CommError, CheckpointError, NonFiniteError)):
         print(told, file=sys.stderr)
     elif isinstance(error, PreflightError):
-        if world.rank == 0:  # every rank has the same text
+        if world.local_rank == 0:  # every rank has the same text: once on each host
             _complain(error, code)
     elif users_mistake:
         _complain(f"rank {world.rank}: {error}", code)
