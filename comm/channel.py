@@ -11,6 +11,8 @@ from torch.distributed import ProcessGroup, Work
 
 from thinwire.comm.meter import TrafficMeter
 
+_TAG = 0  # of point-to-point messages: a pair's messages keep their order, so one is enough
+
 
 class Channel:
     """What one operation of a CommQueue sees of its process group. Valid only while that operation runs.
@@ -35,19 +37,28 @@ class Channel:
         self._wait = wait
 
     def all_to_all(
-        self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        *,
+        in_rounds: bool = False,
     ) -> None:
         """Send the r-th slice of `input` to rank r, and receive rank r's slice for this rank as r-th slice of `output`.
-
-        Each slice goes straight to its receiver: one network latency, whatever the number of ranks.
 
         Args:
             output, input: contiguous tensors of one dtype on the group's device; not aliases of each other.
             output_splits, input_splits: elements along the first dimension, by rank; slices may be empty.
+            in_rounds: exchange with one peer at a time instead of with all at once; the same on every rank. All at once
+                takes one latency, so it suits small slices. Large ones fill the link only in rounds: many TCP streams
+                share it unevenly and leave it idle while the last one ends. NCCL orders its sends itself.
         """
         began = time.monotonic()
-        work = self._group.alltoall_base(output, input, list(output_splits), list(input_splits))
-        self._wait(work, input.is_cuda)
+        if in_rounds and not input.is_cuda:
+            self._exchange_in_rounds(output, input, output_splits, input_splits)
+        else:
+            self._exchange(output, input, list(output_splits), list(input_splits))
         sent_row_bytes = input[:1].nbytes
         received_row_bytes = output[:1].nbytes
         others = [r for r in range(self.size) if r != self.rank]
@@ -76,3 +87,23 @@ class Channel:
         output = torch.empty((self.size, *local.shape), dtype=local.dtype, device=local.device)
         self.all_gather(output, local.unsqueeze(0).contiguous(), [1] * self.size)
         return output
+
+    def _exchange(self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]) -> None:
+        self._wait(self._group.alltoall_base(output, input, output_splits, input_splits), input.is_cuda)
+
+    def _exchange_in_rounds(
+        self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
+    ) -> None:
+        """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link."""
+        outputs = output.split(list(output_splits))
+        inputs = input.split(list(input_splits))
+        outputs[self.rank].copy_(inputs[self.rank])
+        for k in range(1, self.size):
+            target, source = (self.rank + k) % self.size, (self.rank - k) % self.size
+            works = []
+            if len(outputs[source]):
+                works.append(self._group.recv([outputs[source]], source, _TAG))
+            if len(inputs[target]):
+                works.append(self._group.send([inputs[target]], target, _TAG))
+            for work in works:
+                self._wait(work, False)

@@ -18,6 +18,7 @@ import secrets
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -51,7 +52,7 @@ class PeerMonitor:
         self._answers: dict[str, dict[int, Progress]] = {}
         self._answered = threading.Condition()
         self._verdict: Verdict | None = None
-        self._listeners: list[Callable[[Verdict], None]] = []
+        self._listeners: list[weakref.WeakMethod[Callable[[Verdict], None]]] = []
         self._closed = False
         if sock is not None:
             self._thread = threading.Thread(target=self._serve, name="thinwire-monitor", daemon=True)
@@ -113,9 +114,15 @@ class PeerMonitor:
         return holds
 
     def listen(self, listener: Callable[[Verdict], None]) -> None:
-        """Call `listener` with the first verdict, from whichever thread it arrives on."""
+        """Call `listener`, a bound method, with the first verdict, from whichever thread it arrives on.
+
+        Holds no reference to the method's object.
+        """
         with self._answered:
-            self._listeners.append(listener)
+            self._listeners.append(weakref.WeakMethod(listener))
+            verdict = self._verdict
+        if verdict is not None:
+            listener(verdict)
 
     def close(self) -> None:
         """Stop answering."""
@@ -132,8 +139,9 @@ class PeerMonitor:
             self._verdict = verdict
             self._answered.notify_all()
             listeners = list(self._listeners)
-        for listener in listeners:
-            listener(verdict)
+        for reference in listeners:
+            if (listener := reference()) is not None:
+                listener(verdict)
         return verdict
 
     def _send(self, peer: int, message: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Generic, TypeVar
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, Work
 
 from thinwire.comm.channel import Channel
-from thinwire.comm.errors import CommError, PeerFailedError, PeerLateError, PeerLostError
+from thinwire.comm.errors import PeerFailedError, PeerLateError, PeerLostError
 from thinwire.comm.liveness import PeerMonitor, own_address
 from thinwire.comm.meter import TrafficMeter
 from thinwire.comm.verdict import Progress, Verdict, draw_verdict
@@ -31,12 +32,10 @@ T = TypeVar("T")
 
 # How long the others may take to answer once an operation is overdue: within the two seconds that a caller is promised.
 _SURVEY_S = 1.0
-# A wait on the transport is cut into slices so that a verdict that arrives meanwhile ends it.
-_SLICE = timedelta(milliseconds=100)
 _ERRORS = {"lost": PeerLostError, "late": PeerLateError, "failed": PeerFailedError}
 
 
-class _Overdue(Exception):
+class _OverdueError(Exception):
     """The deadline of an operation has passed."""
 
 
@@ -51,13 +50,13 @@ class Pending(Generic[T]):
         self.operation = operation
         self._owner = owner
         self._exchange = exchange
-        self._done = threading.Event()
+        self._ended = threading.Event()
         self._result: T
         self._error: BaseException | None = None
 
     def done(self) -> bool:
         """Whether wait() would return at once."""
-        return self._done.is_set()
+        return self._ended.is_set()
 
     def wait(self) -> T:
         """Block until the exchange has ended and return its result.
@@ -66,22 +65,13 @@ class Pending(Generic[T]):
             PeerLostError, PeerLateError, PeerFailedError: a peer is gone, overdue, or left with an error of its own.
             Exception: whatever the exchange itself raised on this rank.
         """
-        if not self._done.is_set():
+        if not self._ended.is_set():
             began = time.monotonic()
-            self._done.wait()
+            self._ended.wait()
             self._owner.exposed_s += time.monotonic() - began
         if self._error is not None:
             raise self._error
         return self._result
-
-    def _run(self, channel: Channel) -> None:
-        self._result = self._exchange(channel)
-
-    def _end(self, error: BaseException | None = None) -> None:
-        self._error = error
-        # The exchange's closure holds buffers and often the method that made it: let go of it, or they form a cycle.
-        del self._exchange
-        self._done.set()
 
 
 class CommQueue:
@@ -122,8 +112,12 @@ class CommQueue:
         self.timeout_s = timeout_s
         self.name = name
         self.exposed_s = 0.0
+        self._lock = threading.Lock()
+        self._open: set[Pending[object]] = set()
         self._failure: BaseException | None = None
+        self._broken_by: BaseException | None = None
         self._sequence = itertools.count(1)
+        monitor.listen(self._give_up)
         self._jobs: queue.SimpleQueue[tuple[Pending[object], torch.cuda.Event | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_serve, args=(weakref.ref(self), self._jobs), name=f"thinwire-{name}")
         self._thread.daemon = True  # a collective that hangs must not keep a failed process alive
@@ -141,6 +135,12 @@ class CommQueue:
             exchange: uses the channel's collectives; every rank submits the same sequence of them.
         """
         pending: Pending[T] = Pending(self, operation, exchange)
+        with self._lock:
+            self._open.add(pending)  # type: ignore[arg-type]
+            failure = self._failure
+        if failure is not None:
+            self._end(pending, error=failure)
+            return pending
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
         self._jobs.put((pending, ready))  # type: ignore[arg-type]
         return pending
@@ -153,94 +153,99 @@ class CommQueue:
 
     def _perform(self, pending: Pending[object], ready: torch.cuda.Event | None) -> None:
         """Run one exchange on the queue's thread and end its Pending, well or badly."""
-        sequence = next(self._sequence)
-        if self._failure is None and self.monitor.verdict is not None:
-            self._failure = _error_of(self.monitor.verdict)
         if self._failure is not None:
-            pending._end(self._failure)
-            return
+            return  # it has ended with that
+        here = Progress(next(self._sequence), pending.operation, finished=False)
         deadline = time.monotonic() + self.timeout_s
-        self.monitor.report(self.name, Progress(sequence, pending.operation, finished=False))
+        self.monitor.report(self.name, here)
         channel = Channel(
             self.group,
             self.peers,
             self.meter,
             pending.operation,
-            lambda work, on_device: self._wait(work, deadline, on_device),
+            lambda work, on_device: self._wait(work, on_device, deadline),
         )
         try:
             with torch.profiler.record_function(f"thinwire::{pending.operation}"):
                 if ready is None:
-                    pending._run(channel)
+                    result = pending._exchange(channel)
                 else:
-                    self._run_on_stream(pending, channel, ready, deadline)
+                    result = self._run_on_stream(pending, channel, ready, deadline)
         except BaseException as error:
-            self._failure = self._judge(sequence, pending.operation, error)
-            pending._end(self._failure)
-            _abandon(self.group)
+            self._judge(here, error)
         else:
-            self.monitor.report(self.name, Progress(sequence, pending.operation, finished=True))
-            pending._end()
+            self.monitor.report(self.name, replace(here, finished=True))
+            self._end(pending, result=result)
 
     def _run_on_stream(
         self, pending: Pending[object], channel: Channel, ready: torch.cuda.Event, deadline: float
-    ) -> None:
+    ) -> object:
         """Run the exchange on a side stream after the caller's work, and return once the device has done it."""
         stream = torch.cuda.Stream(ready.device)
         with torch.cuda.stream(stream):
             stream.wait_event(ready)
-            pending._run(channel)
+            result = pending._exchange(channel)
             finished = stream.record_event()
         while not finished.query():
-            self._check(deadline)
+            if time.monotonic() >= deadline:
+                raise _OverdueError
             time.sleep(50e-6)
+        return result
 
-    def _wait(self, work: Work, deadline: float, on_device: bool) -> None:
-        """Wait for one collective, but no longer than the deadline or the arrival of a verdict.
-
-        A collective of device tensors is only ordered before the stream's next work; _run_on_stream() waits for it.
-        """
+    def _wait(self, work: Work, on_device: bool, deadline: float) -> None:
+        """Wait for one collective, but not past the deadline. One of device tensors is only put before later work."""
         try:
-            while not (on_device or work.is_completed()):
-                try:
-                    work.wait(min(_SLICE, timedelta(seconds=max(1e-3, deadline - time.monotonic()))))
-                except RuntimeError:
-                    if not work.is_completed():
-                        self._check(deadline)
-            work.wait()
+            if on_device:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=max(1e-3, deadline - time.monotonic())))
         except RuntimeError as error:
-            if isinstance(error, CommError):
-                raise
+            if time.monotonic() >= deadline:
+                raise _OverdueError from error
             raise _TransportError((str(error) or "no message").splitlines()[0]) from error
 
-    def _check(self, deadline: float) -> None:
-        if self.monitor.verdict is not None:
-            raise _error_of(self.monitor.verdict)
-        if time.monotonic() >= deadline:
-            raise _Overdue
-
-    def _judge(self, sequence: int, operation: str, error: BaseException) -> BaseException:
-        """What this rank raises for a failed exchange: its own error, or what the other ranks' answers say of it."""
-        if self.monitor.verdict is not None:
-            return _error_of(self.monitor.verdict)
-        if not isinstance(error, (_Overdue, _TransportError)):
+    def _judge(self, here: Progress, error: BaseException) -> None:
+        """Decide what this rank raises for a failed exchange: its own error, or what the other ranks' answers say."""
+        me = self.peers[self.rank]
+        if not isinstance(error, _OverdueError | _TransportError):
             # Not the transport: the exchange itself failed here, and the others should not wait for it in vain.
-            self.monitor.announce(
-                Verdict(
-                    "failed",
-                    operation,
-                    (self.peers[self.rank],),
-                    f"{operation}: rank {self.peers[self.rank]} failed with {type(error).__name__}: {error}"[:2000],
-                )
-            )
-            return error
-        overdue = isinstance(error, _Overdue)
+            self._fail(error)
+            text = f"{here.operation}: rank {me} failed with {type(error).__name__}: {error}"[:2000]
+            self.monitor.announce(Verdict("failed", here.operation, (me,), text))
+            return
+        self._broken_by = error
+        overdue = isinstance(error, _OverdueError)
         why = f"not finished {self.timeout_s:g} s after its start" if overdue else f"broken: {error}"
         survey = self.monitor.survey(self.name, _SURVEY_S)
-        verdict = draw_verdict(self.name, Progress(sequence, operation, False), self.rank, self.peers, why, survey)
-        failure = _error_of(self.monitor.announce(verdict))
-        failure.__cause__ = error
-        return failure
+        self.monitor.announce(draw_verdict(self.name, here, self.rank, self.peers, why, survey))
+
+    def _give_up(self, verdict: Verdict) -> None:
+        """The monitor's call, on any thread: this rank or another has judged that the job cannot go on."""
+        failure = _ERRORS[verdict.kind](verdict.message, operation=verdict.operation, missing_ranks=verdict.ranks)
+        failure.__cause__ = self._broken_by
+        self._fail(failure)
+
+    def _fail(self, failure: BaseException) -> None:
+        """End everything that waits, and all that will be submitted, with the first failure."""
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._failure = failure
+            waiting = list(self._open)
+        for pending in waiting:
+            self._end(pending, error=failure)
+        _abandon(self.group)
+
+    def _end(self, pending: Pending[T], *, result: T | None = None, error: BaseException | None = None) -> None:
+        with self._lock:
+            if pending not in self._open:
+                return
+            self._open.remove(pending)  # type: ignore[arg-type]
+        pending._result = result  # type: ignore[assignment]
+        pending._error = error
+        # The exchange's closure holds buffers and often the method that made it: let go of it, or they form a cycle.
+        del pending._exchange
+        pending._ended.set()
 
 
 def open_queue(group: ProcessGroup | None = None, *, timeout_s: float = 60.0) -> CommQueue:
@@ -301,7 +306,3 @@ def _abandon(group: ProcessGroup) -> None:
     except (RuntimeError, AttributeError):
         pass
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-
-
-def _error_of(verdict: Verdict) -> CommError:
-    return _ERRORS[verdict.kind](verdict.message, operation=verdict.operation, missing_ranks=verdict.ranks)

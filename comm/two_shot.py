@@ -8,6 +8,9 @@ from torch import Tensor
 from thinwire.comm.channel import Channel
 from thinwire.kernels.cast_reduce import cast_reduce
 
+# From this size of a slice on, its bytes take longer than the latencies of sending to one rank after another.
+_ROUNDS_FROM_BYTES = 1 << 18
+
 
 class TwoShotMean:
     """x_r <- cast(1/n * sum_{q=0..n-1} cast(x_q)), the same bits on every rank r.
@@ -15,7 +18,7 @@ class TwoShotMean:
     Rank r owns the r-th slice. Every rank casts its tensor to the wire's dtype and sends each owner its slice. The
     owner sums the n payloads, its own cast one included, in fp32 and in rank order, multiplies by 1/n, rounds once to
     the wire's dtype, and sends the slice to everyone. Each rank sends 2 (n-1)/n payloads per element, as in a ring, but
-    with two network latencies instead of 2 (n-1), and the result depends neither on the topology nor on chance.
+    in as few as two network latencies, and the result depends neither on the topology nor on chance.
 
     Args:
         wire_dtype: torch.float32, torch.bfloat16 or torch.float16.
@@ -28,7 +31,7 @@ class TwoShotMean:
     def __call__(self, channel: Channel, tensor: Tensor) -> None:
         """Replace the flat, contiguous `tensor` by the mean over the ranks. Not reentrant.
 
-        The owner's slice goes straight to every rank, as one copy for each: that costs less than the latencies of a ring.
+        The owner's slice goes straight to every rank, as one copy for each: no ring's latencies.
         """
         rank, size = channel.rank, channel.size
         splits = split_evenly(tensor.numel(), size)
@@ -36,11 +39,12 @@ class TwoShotMean:
         cast = tensor.dtype != self.wire_dtype
         payload = self._take("payload", tensor.numel(), tensor.device).copy_(tensor) if cast else tensor
         received = self._take("received", size * own, tensor.device)
-        channel.all_to_all(received, payload, [own] * size, splits)
+        in_rounds = tensor.numel() // size * self.wire_dtype.itemsize >= _ROUNDS_FROM_BYTES
+        channel.all_to_all(received, payload, [own] * size, splits, in_rounds=in_rounds)
         copies = self._take("copies", size * own, tensor.device).view(size, own)
         cast_reduce(received.view(size, own), scale=1.0 / size, out=copies[0])
         copies[1:] = copies[0]
-        channel.all_to_all(payload, copies.view(-1), splits, [own] * size)
+        channel.all_to_all(payload, copies.view(-1), splits, [own] * size, in_rounds=in_rounds)
         if cast:
             tensor.copy_(payload)
 

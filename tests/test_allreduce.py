@@ -12,6 +12,7 @@ from ranks import Rank, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.comm import two_shot
 from thinwire.comm.allreduce import allreduce
 from thinwire.comm.method import Method
 from thinwire.comm.two_shot import TwoShotMean, split_evenly
@@ -47,7 +48,11 @@ def test_split_is_even_and_complete(numel: int, size: int) -> None:
 @pytest.mark.parametrize("wire", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("held", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_two_shot_mean_is_the_rank_ordered_fp32_sum_rounded_once(wire, held, size: int) -> None:
+@pytest.mark.parametrize("rounds_from_bytes", [1 << 18, 0])
+def test_two_shot_mean_is_the_rank_ordered_fp32_sum_rounded_once(
+    wire, held, size: int, rounds_from_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(two_shot, "_ROUNDS_FROM_BYTES", rounds_from_bytes)
     numels = [0, 1, 2, 5, 1000]
 
     def tensor(rank: int, numel: int) -> torch.Tensor:

@@ -38,14 +38,17 @@ def test_exchanges_run_in_submission_order(size: int) -> None:
     assert run_ranks(size, work) == [list(range(20))] * size
 
 
-def test_uneven_slices_reach_their_owners_and_are_metered() -> None:
+@pytest.mark.parametrize("in_rounds", [False, True])
+def test_uneven_slices_reach_their_owners_and_are_metered(in_rounds: bool) -> None:
     splits = [3, 0, 5]
 
     def work(rank: Rank) -> None:
         queue = rank.queue()
         rows = torch.arange(8.0).unsqueeze(1).repeat(1, 2) + 10 * rank.rank
         received = torch.empty(3 * splits[rank.rank], 2)
-        exchange = lambda c: c.all_to_all(received, rows, [splits[c.rank]] * 3, splits)  # noqa: E731
+        exchange = lambda c: c.all_to_all(  # noqa: E731
+            received, rows, [splits[c.rank]] * 3, splits, in_rounds=in_rounds
+        )
         queue.submit("move", exchange).wait()
         start = sum(splits[: rank.rank])
         expected = [10.0 * r + start + i for r in range(3) for i in range(splits[rank.rank])]
