@@ -44,8 +44,9 @@ class WorldSettings(Settings):
     rendezvous_timeout_s: how long the ranks wait for each other at the start, in seconds.
     interface: network interface for gloo; auto is the one that routes to the head node.
     device: auto is cuda where there is a GPU.
-    threads: CPU threads of one rank's operators; auto is the host's CPUs divided by its ranks. Neither OMP_NUM_THREADS
-      nor a CPU mask changes it: the number of threads changes the last bits of sums.
+    threads: CPU threads of one rank's operators; auto is the machine's CPUs divided by the ranks on it, those in other
+      containers or emulated hosts included. Neither OMP_NUM_THREADS nor a CPU mask changes it: the number of threads
+      changes the last bits of sums.
     """
 
     timeout_s: float = Field(default=60.0, gt=0)
@@ -140,12 +141,13 @@ def join(place: Place, settings: WorldSettings, mesh: MeshSettings) -> World:
             "FSDP2, accelerate and Lightning then use the process group that is there"
         )
     device = _pick_device(settings, place)
-    torch.set_num_threads(_pick_threads(settings, place))
     store = open_store(place, settings.rendezvous_timeout_s)
     gpu = local_gpu(device)
     record = {"host": asdict(this_host()), "gpu": gpu.to_json() if gpu else None}
     records = check_in(store, place, record, settings.rendezvous_timeout_s)
-    hosts = distinct_names([Host(**entry["host"]) for entry in records])
+    machines = [Host(**entry["host"]) for entry in records]
+    hosts = distinct_names(machines)
+    torch.set_num_threads(_pick_threads(settings, machines, place.rank))
     gpus = [GpuPlace.from_json(entry["gpu"]) if entry["gpu"] else None for entry in records]
     _check_one_rank_per_gpu(hosts, gpus)
     used = _pick_interface(settings, place, hosts, store)
@@ -225,10 +227,11 @@ def _check_one_rank_per_gpu(hosts: Sequence[str], gpus: Sequence[GpuPlace | None
             )
 
 
-def _pick_threads(settings: WorldSettings, place: Place) -> int:
+def _pick_threads(settings: WorldSettings, hosts: Sequence[Host], rank: int) -> int:
     if settings.threads != "auto":
         return settings.threads
-    return max(1, (os.cpu_count() or 1) // place.local_world_size)
+    sharing = sum(host.boot_id == hosts[rank].boot_id for host in hosts)
+    return max(1, (os.cpu_count() or 1) // sharing)
 
 
 def _pick_interface(settings: WorldSettings, place: Place, hosts: Sequence[str], store: dist.Store) -> Interface:

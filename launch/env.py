@@ -82,7 +82,7 @@ LAUNCHERS = (
         "SLURM_LOCALID",
         "SLURM_STEP_TASKS_PER_NODE",
         "SLURM_NODEID",
-        "srun --ntasks {size} {command}",
+        "srun --kill-on-bad-exit --ntasks {size} {command}",
     ),
 )
 
@@ -216,7 +216,8 @@ def _refuse_allocation_without_srun(environ: Mapping[str, str]) -> None:
     if "SLURM_JOB_ID" in environ and tasks != "1":
         raise LaunchError(
             f"this is one plain process inside a Slurm allocation for {tasks} tasks (SLURM_NTASKS={tasks}), not one of "
-            f"its tasks: start it with `srun {_command()}`, or alone on purpose with `srun --ntasks 1 {_command()}`"
+            f"its tasks: start it with `srun --kill-on-bad-exit {_command()}`, or alone on purpose with "
+            f"`srun --ntasks 1 {_command()}`"
         )
 
 

@@ -160,15 +160,18 @@ REFUSED = {
     "no node list": (without(SRUN, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), ["SLURM_STEP_NODELIST is not set"]),
     "leaked task list": (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2"}, ["adds up to 2", "SLURM_NTASKS says 3"]),
     "node outside": (SRUN | {"SLURM_NODEID": "2"}, ["SLURM_NODEID=2", "from 0 to 1"]),
-    "sbatch without srun": (BATCH, ["SLURM_NTASKS=3", "`srun thinwire train c.yaml`", "srun --ntasks 1 thinwire"]),
-    "salloc without srun": (ALLOCATION, ["SLURM_NTASKS=3", "`srun thinwire train c.yaml`"]),
+    "sbatch without srun": (
+        BATCH,
+        ["SLURM_NTASKS=3", "`srun --kill-on-bad-exit thinwire train c.yaml`", "srun --ntasks 1 thinwire"],
+    ),
+    "salloc without srun": (ALLOCATION, ["SLURM_NTASKS=3", "`srun --kill-on-bad-exit thinwire train c.yaml`"]),
     "each rank of mpirun starts a torchrun": (
         TORCHRUN | {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1"} | OPENMPI | {"OMPI_COMM_WORLD_SIZE": "4"},
         ["rank 2 of 3 (RANK, WORLD_SIZE)", "rank 2 of 4", "`mpirun -n 4 thinwire train c.yaml`", "-m thinwire train"],
     ),
     "each task of srun starts a torchrun": (
         TORCHRUN | {"GROUP_WORLD_SIZE": "1"} | SRUN | {"SLURM_PROCID": "1"},
-        ["srun says rank 1 of 3", "`srun --ntasks 3 thinwire train c.yaml`"],
+        ["srun says rank 1 of 3", "`srun --kill-on-bad-exit --ntasks 3 thinwire train c.yaml`"],
     ),
     "variables left over in the shell": (
         {"RANK": "0", "WORLD_SIZE": "1", **OPENMPI},
@@ -189,7 +192,7 @@ def test_refused(environ: Environ, said: list[str], monkeypatch: pytest.MonkeyPa
 
 def test_corrected_command_repeats_what_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["my train.py", "--lr", "1e-3"])
-    with pytest.raises(LaunchError, match=r"`srun python 'my train.py' --lr 1e-3`"):
+    with pytest.raises(LaunchError, match=r"`srun --kill-on-bad-exit python 'my train.py' --lr 1e-3`"):
         detect(BATCH)
 
 

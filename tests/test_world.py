@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 import thinwire
 from thinwire.dist import world as world_module
+from thinwire.dist.host import Host
 from thinwire.dist.interface import Interface, loopback_interface
 from thinwire.dist.mesh import MeshSettings
 from thinwire.dist.place import Place
@@ -63,14 +64,15 @@ def test_process_group_that_is_there_already() -> None:
         join(ALONE, CPU, MeshSettings())
 
 
-@pytest.mark.parametrize(("threads", "local_size", "expected"), [(3, 2, 3), ("auto", 2, 4), ("auto", 100, 1)])
+@pytest.mark.parametrize(("threads", "ranks", "expected"), [(3, 2, 3), ("auto", 2, 4), ("auto", 100, 1)])
 def test_threads_follow_the_settings_and_not_the_environment(
-    threads: int, local_size: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    threads: int, ranks: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ranks in two containers of one machine share its CPUs; those of another machine do not count."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    place = Place("torchrun", 0, local_size, 0, local_size, 0, "127.0.0.1", 1)
-    assert world_module._pick_threads(WorldSettings.model_validate({"threads": threads}), place) == expected
+    hosts = [Host("other", "2"), *(Host(f"container{rank % 2}", "1") for rank in range(ranks))]
+    assert world_module._pick_threads(WorldSettings.model_validate({"threads": threads}), hosts, 1) == expected
 
 
 @pytest.mark.parametrize(
