@@ -56,31 +56,29 @@ class Channel:
         """
         began = time.monotonic()
         if in_rounds and not input.is_cuda:
-            self._exchange_in_rounds(output, input, output_splits, input_splits)
+            self._exchange_in_rounds(output.split(list(output_splits)), input.split(list(input_splits)))
         else:
-            self._exchange(output, input, list(output_splits), list(input_splits))
-        sent_row_bytes = input[:1].nbytes
-        received_row_bytes = output[:1].nbytes
-        others = [r for r in range(self.size) if r != self.rank]
-        self._meter.record(
-            self._operation,
-            {self._peers[r]: input_splits[r] * sent_row_bytes for r in others},
-            {self._peers[r]: output_splits[r] * received_row_bytes for r in others},
-            time.monotonic() - began,
-        )
+            self._exchange(output, input, output_splits, input_splits)
+        self._record(output, output_splits, input, input_splits, began)
 
-    def all_gather(self, output: Tensor, local: Tensor, splits: Sequence[int]) -> None:
+    def all_gather(self, output: Tensor, local: Tensor, splits: Sequence[int], *, in_rounds: bool = False) -> None:
         """Collect every rank's `local` into `output`, rank after rank.
 
-        Sent straight to every rank rather than round a ring: the same bytes per rank, one latency instead of size - 1.
+        Sent straight to every rank and not along a ring: the same bytes per rank, without the ring's latencies.
 
         Args:
             output: contiguous, sum(splits) elements along the first dimension.
             local: contiguous, splits[rank] elements along the first dimension.
             splits: elements along the first dimension that each rank contributes.
+            in_rounds: as in all_to_all().
         """
-        copies = local.repeat(self.size, *([1] * (local.dim() - 1)))
-        self.all_to_all(output, copies, splits, [splits[self.rank]] * self.size)
+        began = time.monotonic()
+        same = [splits[self.rank]] * self.size
+        if in_rounds and not local.is_cuda:
+            self._exchange_in_rounds(output.split(list(splits)), [local] * self.size)
+        else:
+            self._exchange(output, local.repeat(self.size, *([1] * (local.dim() - 1))), splits, same)
+        self._record(output, splits, local, same, began)
 
     def all_gather_same(self, local: Tensor) -> Tensor:
         """Collect tensors of one shape and dtype from every rank: returns a tensor of shape (size, *local.shape)."""
@@ -88,15 +86,14 @@ class Channel:
         self.all_gather(output, local.unsqueeze(0).contiguous(), [1] * self.size)
         return output
 
-    def _exchange(self, output: Tensor, input: Tensor, output_splits: list[int], input_splits: list[int]) -> None:
-        self._wait(self._group.alltoall_base(output, input, output_splits, input_splits), input.is_cuda)
-
-    def _exchange_in_rounds(
+    def _exchange(
         self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
     ) -> None:
+        work = self._group.alltoall_base(output, input, list(output_splits), list(input_splits))
+        self._wait(work, input.is_cuda)
+
+    def _exchange_in_rounds(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link."""
-        outputs = output.split(list(output_splits))
-        inputs = input.split(list(input_splits))
         outputs[self.rank].copy_(inputs[self.rank])
         for k in range(1, self.size):
             target, source = (self.rank + k) % self.size, (self.rank - k) % self.size
@@ -107,3 +104,20 @@ class Channel:
                 works.append(self._group.send([inputs[target]], target, _TAG))
             for work in works:
                 self._wait(work, False)
+
+    def _record(
+        self,
+        output: Tensor,
+        output_splits: Sequence[int],
+        input: Tensor,
+        input_splits: Sequence[int],
+        began: float,
+    ) -> None:
+        sent_row_bytes, received_row_bytes = input[:1].nbytes, output[:1].nbytes
+        others = [r for r in range(self.size) if r != self.rank]
+        self._meter.record(
+            self._operation,
+            {self._peers[r]: input_splits[r] * sent_row_bytes for r in others},
+            {self._peers[r]: output_splits[r] * received_row_bytes for r in others},
+            time.monotonic() - began,
+        )

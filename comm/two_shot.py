@@ -29,10 +29,7 @@ class TwoShotMean:
         self._scratch: dict[str, Tensor] = {}
 
     def __call__(self, channel: Channel, tensor: Tensor) -> None:
-        """Replace the flat, contiguous `tensor` by the mean over the ranks. Not reentrant.
-
-        The owner's slice goes straight to every rank, as one copy for each: no ring's latencies.
-        """
+        """Replace the flat, contiguous `tensor` by the mean over the ranks. Not reentrant."""
         rank, size = channel.rank, channel.size
         splits = split_evenly(tensor.numel(), size)
         own = splits[rank]
@@ -41,10 +38,9 @@ class TwoShotMean:
         received = self._take("received", size * own, tensor.device)
         in_rounds = tensor.numel() // size * self.wire_dtype.itemsize >= _ROUNDS_FROM_BYTES
         channel.all_to_all(received, payload, [own] * size, splits, in_rounds=in_rounds)
-        copies = self._take("copies", size * own, tensor.device).view(size, own)
-        cast_reduce(received.view(size, own), scale=1.0 / size, out=copies[0])
-        copies[1:] = copies[0]
-        channel.all_to_all(payload, copies.view(-1), splits, [own] * size, in_rounds=in_rounds)
+        reduced = self._take("reduced", own, tensor.device)
+        cast_reduce(received.view(size, own), scale=1.0 / size, out=reduced)
+        channel.all_gather(payload, reduced, splits, in_rounds=in_rounds)
         if cast:
             tensor.copy_(payload)
 

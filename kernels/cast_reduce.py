@@ -116,16 +116,22 @@ def launch(payloads: Tensor, scale: float, out: Tensor) -> None:
 @torch.no_grad()
 def _reduce_in_tiles(payloads: Tensor, scale: float, out: Tensor, tile: int) -> None:
     m = out.numel()
-    total = torch.empty(min(m, tile), dtype=torch.float32, device=out.device)
+    in_place = out.dtype == torch.float32  # then the output itself is the accumulator
+    scratch = out if in_place else torch.empty(min(m, tile), dtype=torch.float32, device=out.device)
     for start in range(0, m, tile):
         stop = min(start + tile, m)
-        part = total[: stop - start]
-        part.copy_(payloads[0, start:stop])
-        for payload in payloads[1:, start:stop]:
-            part.add_(payload)
+        total = out[start:stop] if in_place else scratch[: stop - start]
+        first, *others = payloads[:, start:stop]
+        if others and first.dtype == torch.float32:
+            torch.add(first, others.pop(0), out=total)
+        else:
+            total.copy_(first)
+        for payload in others:
+            total.add_(payload)
         if scale != 1.0:
-            part.mul_(scale)
-        out[start:stop].copy_(part)
+            total.mul_(scale)
+        if not in_place:
+            out[start:stop].copy_(total)
 
 
 def _checked_scale(scale: float) -> float:
