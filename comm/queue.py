@@ -148,8 +148,8 @@ class CommQueue:
     def close(self) -> None:
         """End the thread after what was submitted. The group and the monitor stay open: they are the caller's."""
         self._jobs.put(None)
-        if self._failure is None:
-            self._thread.join()
+        while self._thread.is_alive() and self._failure is None:  # a failed exchange may hang in the transport
+            self._thread.join(0.1)
 
     def _perform(self, pending: Pending[object], ready: torch.cuda.Event | None) -> None:
         """Run one exchange on the queue's thread and end its Pending, well or badly."""

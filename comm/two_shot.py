@@ -10,6 +10,7 @@ from thinwire.kernels.cast_reduce import cast_reduce
 
 # From this size of a slice on, its bytes take longer than the latencies of sending to one rank after another.
 _ROUNDS_FROM_BYTES = 1 << 18
+_ALIGNMENT = 16  # elements
 
 
 class TwoShotMean:
@@ -58,5 +59,8 @@ class TwoShotMean:
 
 
 def split_evenly(numel: int, size: int) -> list[int]:
-    """Elements per rank: as equal as can be, the first ranks one more."""
-    return [numel // size + (r < numel % size) for r in range(size)]
+    """Elements per rank: as equal as can be in steps of 16, so that a GPU reads every slice 16 bytes at a time."""
+    blocks, rest = divmod(numel, _ALIGNMENT)
+    sizes = [_ALIGNMENT * (blocks // size + (r < blocks % size)) for r in range(size)]
+    sizes[blocks % size] += rest
+    return sizes

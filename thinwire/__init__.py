@@ -10,18 +10,22 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from thinwire.comm.allreduce import allreduce as allreduce
     from thinwire.comm.errors import CommError as CommError
+    from thinwire.comm.errors import PeerFailedError as PeerFailedError
+    from thinwire.comm.errors import PeerLateError as PeerLateError
     from thinwire.comm.errors import PeerLostError as PeerLostError
     from thinwire.launch.join import init as init
 
 # Name -> module that defines it. Nothing here imports torch until the name is used.
 _PUBLIC = {
     "CommError": "thinwire.comm.errors",
+    "PeerFailedError": "thinwire.comm.errors",
+    "PeerLateError": "thinwire.comm.errors",
     "PeerLostError": "thinwire.comm.errors",
     "allreduce": "thinwire.comm.allreduce",
     "init": "thinwire.launch.join",
 }
 
-__all__ = ["CommError", "PeerLostError", "__version__", "allreduce", "init"]  # noqa: RUF022
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
