@@ -40,8 +40,8 @@ def read_outcome(label: str, folder: Path, *, modelled_bps: float | None) -> Run
     """Read a run folder's metrics.jsonl.
 
     Args:
-        modelled_bps: rate of the link that the run did not have, in bits per second: sent bytes * 8 / rate takes the place
-            of the communication time that was measured. None: take what was measured.
+        modelled_bps: rate of the link that the run did not have, in bits per second: sent bytes * 8 / rate takes the
+            place of the communication time that was measured. None: take what was measured.
     """
     records: list[dict[str, Any]] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steady = records[1:] or records  # the first step also builds what later steps use again
