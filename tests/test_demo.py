@@ -1,0 +1,32 @@
+"""`thinwire demo` from end to end: in the lab, and where a machine forbids it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from thinwire.launch import demo
+from thinwire.launch.lab import why_not
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_in_the_lab_the_interface_confirms_the_meter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert demo.demo(hosts=2, rate_bps=1e9, steps=2, folder=tmp_path) == 0
+    said = capfd.readouterr().out
+    assert "emulate" not in said
+    (ratios,) = [line.split("│")[2:4] for line in said.splitlines() if "interface / metered" in line]
+    assert all(1.0 < float(ratio) < 1.15 for ratio in ratios)
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_without_namespaces_it_says_so_and_marks_the_times(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "why_not", lambda: "this kernel has no network namespaces")
+    monkeypatch.setattr(demo, "VARIANTS", demo.VARIANTS[:1])
+    assert demo.demo(hosts=2, rate_bps=1e9, steps=2, folder=tmp_path) == 0
+    said = capfd.readouterr().out
+    assert "This machine cannot emulate hosts: this kernel has no network namespaces" in said
+    assert "seconds per step (link modelled)" in said
+    assert "shared" in said
