@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup, Work
 
 from thinwire.comm.meter import TrafficMeter
 
+_ROUNDS_UNDER_WAY = 2
 _TAG = 0  # of point-to-point messages: a pair's messages keep their order, so one is enough
 
 
@@ -93,17 +95,28 @@ class Channel:
         self._wait(work, input.is_cuda)
 
     def _exchange_in_rounds(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link."""
+        """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link.
+
+        A round begins when the last but one has ended: that hides the start of its streams behind the round before.
+        """
         outputs[self.rank].copy_(inputs[self.rank])
+        under_way: deque[list[Work]] = deque()
         for k in range(1, self.size):
             target, source = (self.rank + k) % self.size, (self.rank - k) % self.size
-            works = []
+            round_k = []
             if len(outputs[source]):
-                works.append(self._group.recv([outputs[source]], source, _TAG))
+                round_k.append(self._group.recv([outputs[source]], source, _TAG))
             if len(inputs[target]):
-                works.append(self._group.send([inputs[target]], target, _TAG))
-            for work in works:
-                self._wait(work, False)
+                round_k.append(self._group.send([inputs[target]], target, _TAG))
+            under_way.append(round_k)
+            if len(under_way) == _ROUNDS_UNDER_WAY:
+                self._wait_for_all(under_way.popleft())
+        for remaining in under_way:
+            self._wait_for_all(remaining)
+
+    def _wait_for_all(self, works: Sequence[Work]) -> None:
+        for work in works:
+            self._wait(work, False)
 
     def _record(
         self,
