@@ -2,9 +2,9 @@
 
     python benchmarks/two_shot.py [--repeats 5] [--json FILE]
 
-Four emulated hosts average one fp32 tensor: by gloo's own ring all-reduce, and by thinwire's two-shot mean with one peer
-in turn (what it does with large slices) and with all peers at once (with small ones). ratio = time / (bytes that a rank
-sends * 8 / rate + the least latency, which is two one-way delays).
+Four emulated hosts average one fp32 tensor: by gloo's own ring all-reduce, and by thinwire's two-shot mean with a peer
+at a time (what it does with large slices) and with all peers at once (with small ones). The ratio is the time over
+(bytes that a rank sends * 8 / rate + the least latency, which is two one-way delays).
 """
 
 from __future__ import annotations
