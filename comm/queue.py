@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import queue
+import re
 import threading
 import time
 import weakref
@@ -26,7 +27,7 @@ from thinwire.comm.channel import Channel
 from thinwire.comm.errors import PeerFailedError, PeerLateError, PeerLostError
 from thinwire.comm.liveness import PeerMonitor, own_address
 from thinwire.comm.meter import TrafficMeter
-from thinwire.comm.verdict import Progress, Verdict, draw_verdict
+from thinwire.comm.verdict import Progress, Survey, Verdict, draw_verdict
 
 T = TypeVar("T")
 
@@ -145,6 +146,23 @@ class CommQueue:
         self._jobs.put((pending, ready))  # type: ignore[arg-type]
         return pending
 
+    def blame(self, error: RuntimeError, operation: str) -> BaseException:
+        """What is behind an error that did not come from this queue: the ranks that are gone, or the error itself.
+
+        DDP and others call collectives of their own, which fail with a bare RuntimeError when a peer is lost.
+
+        Args:
+            error: what was raised on this rank.
+            operation: what this rank was doing, for the message.
+        """
+        survey = self.monitor.survey(self.name, _SURVEY_S) if self._failure is None and self.size > 1 else Survey()
+        if survey.silent:
+            self._broken_by = error
+            here = Progress(operation=operation)
+            why = f"broken: {_brief(error)}"
+            self.monitor.announce(draw_verdict(self.name, here, self.rank, self.peers, why, survey))
+        return self._failure or error
+
     def close(self) -> None:
         """End the thread after what was submitted. The group and the monitor stay open: they are the caller's."""
         self._jobs.put(None)
@@ -202,7 +220,7 @@ class CommQueue:
         except RuntimeError as error:
             if time.monotonic() >= deadline:
                 raise _OverdueError from error
-            raise _TransportError((str(error) or "no message").splitlines()[0]) from error
+            raise _TransportError(_brief(error)) from error
 
     def _judge(self, here: Progress, error: BaseException) -> None:
         """Decide what this rank raises for a failed exchange: its own error, or what the other ranks' answers say."""
@@ -306,3 +324,9 @@ def _abandon(group: ProcessGroup) -> None:
     except (RuntimeError, AttributeError):
         pass
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def _brief(error: RuntimeError) -> str:
+    """Gloo's message without the place in its source before it and the advice after it."""
+    line = (str(error) or "no message").splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(" This is typically")[0].rstrip(".")

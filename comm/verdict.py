@@ -47,14 +47,15 @@ def draw_verdict(queue: str, here: Progress, rank: int, peers: Sequence[int], wh
 
     Args:
         queue: name of the queue that it ran on.
-        here: the operation.
+        here: the operation; number 0 if it did not run on the queue.
         rank: this rank, in the group.
         peers: job rank of each rank of the group.
         why: what happened to the operation on this rank.
         survey: what the other ranks of the group answered.
     """
     operation = here.operation
-    head = f"{operation} (operation {here.sequence} of {queue}) on rank {peers[rank]} is {why}."
+    number = f" (operation {here.sequence} of {queue})" if here.sequence else ""
+    head = f"{operation}{number} on rank {peers[rank]} is {why}."
     if survey.silent:
         lost = tuple(peers[r] for r in survey.silent)
         answered = [peers[r] for r in (rank, *survey.progress)]

@@ -109,6 +109,8 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     from thinwire.dist.preflight import PreflightError
     from thinwire.dist.step_reports import NonFiniteError
 
+    if isinstance(error, RuntimeError) and not isinstance(error, CommError):
+        error = world.queue.blame(error, "train")
     told = f"rank {world.rank} on {world.host}: {type(error).__name__}: {error}"
     users_mistake = isinstance(error, ValueError) and _is_ours(error)
     code = USER_ERROR if users_mistake else FAILURE

@@ -181,6 +181,32 @@ def test_the_monitor_drops_datagrams_without_the_key() -> None:
     assert run_ranks(2, work) == [[0, 1]] * 2
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_error_from_elsewhere_is_blamed_on_a_lost_rank_only_if_there_is_one(lost: bool) -> None:
+    judged = threading.Event()
+
+    def work(rank: Rank) -> BaseException | None:
+        queue = rank.queue()
+        if rank.rank == 1:
+            if lost:
+                queue.monitor.close()
+            judged.wait(30)
+            return None
+        error = RuntimeError("[pair.cc:553] Connection closed by peer. This is typically caused by magic")
+        try:
+            return queue.blame(error, "train")
+        finally:
+            judged.set()
+
+    found = run_ranks_to_the_end(2, work)[0]
+    if lost:
+        assert isinstance(found, PeerLostError)
+        assert found.missing_ranks == (1,)
+        assert str(found).startswith("train on rank 0 is broken: Connection closed by peer. No answer from rank 1")
+    else:
+        assert type(found) is RuntimeError
+
+
 def test_timeout_must_be_positive() -> None:
     def work(rank: Rank) -> None:
         with pytest.raises(ValueError, match="timeout_s: 0 must be a positive number"):
