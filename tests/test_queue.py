@@ -183,15 +183,17 @@ def test_the_monitor_drops_datagrams_without_the_key() -> None:
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_error_from_elsewhere_is_blamed_on_a_lost_rank_only_if_there_is_one(lost: bool) -> None:
-    judged = threading.Event()
+    ready, judged = threading.Event(), threading.Event()
 
     def work(rank: Rank) -> BaseException | None:
         queue = rank.queue()
         if rank.rank == 1:
             if lost:
                 queue.monitor.close()
+            ready.set()
             judged.wait(30)
             return None
+        ready.wait(30)
         error = RuntimeError("[pair.cc:553] Connection closed by peer. This is typically caused by magic")
         try:
             return queue.blame(error, "train")
