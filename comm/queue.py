@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -114,12 +114,12 @@ class CommQueue:
         self.name = name
         self.exposed_s = 0.0
         self._lock = threading.Lock()
-        self._open: set[Pending[object]] = set()
+        self._open: set[Pending[Any]] = set()
         self._failure: BaseException | None = None
         self._broken_by: BaseException | None = None
         self._sequence = itertools.count(1)
         monitor.listen(self._give_up)
-        self._jobs: queue.SimpleQueue[tuple[Pending[object], torch.cuda.Event | None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Pending[Any], torch.cuda.Event | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_serve, args=(weakref.ref(self), self._jobs), name=f"thinwire-{name}")
         self._thread.daemon = True  # a collective that hangs must not keep a failed process alive
         self._thread.start()
@@ -137,13 +137,13 @@ class CommQueue:
         """
         pending: Pending[T] = Pending(self, operation, exchange)
         with self._lock:
-            self._open.add(pending)  # type: ignore[arg-type]
+            self._open.add(pending)
             failure = self._failure
         if failure is not None:
             self._end(pending, error=failure)
             return pending
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-        self._jobs.put((pending, ready))  # type: ignore[arg-type]
+        self._jobs.put((pending, ready))
         return pending
 
     def blame(self, error: RuntimeError, operation: str) -> BaseException:
@@ -169,7 +169,7 @@ class CommQueue:
         while self._thread.is_alive() and self._failure is None:  # a failed exchange may hang in the transport
             self._thread.join(0.1)
 
-    def _perform(self, pending: Pending[object], ready: torch.cuda.Event | None) -> None:
+    def _perform(self, pending: Pending[Any], ready: torch.cuda.Event | None) -> None:
         """Run one exchange on the queue's thread and end its Pending, well or badly."""
         if self._failure is not None:
             return  # it has ended with that
@@ -196,7 +196,7 @@ class CommQueue:
             self._end(pending, result=result)
 
     def _run_on_stream(
-        self, pending: Pending[object], channel: Channel, ready: torch.cuda.Event, deadline: float
+        self, pending: Pending[Any], channel: Channel, ready: torch.cuda.Event, deadline: float
     ) -> object:
         """Run the exchange on a side stream after the caller's work, and return once the device has done it."""
         stream = torch.cuda.Stream(ready.device)
@@ -254,12 +254,12 @@ class CommQueue:
             self._end(pending, error=failure)
         _abandon(self.group)
 
-    def _end(self, pending: Pending[T], *, result: T | None = None, error: BaseException | None = None) -> None:
+    def _end(self, pending: Pending[Any], *, result: Any = None, error: BaseException | None = None) -> None:
         with self._lock:
             if pending not in self._open:
                 return
-            self._open.remove(pending)  # type: ignore[arg-type]
-        pending._result = result  # type: ignore[assignment]
+            self._open.remove(pending)
+        pending._result = result
         pending._error = error
         # The exchange's closure holds buffers and often the method that made it: let go of it, or they form a cycle.
         del pending._exchange
@@ -301,7 +301,7 @@ _names = itertools.count()
 
 def _serve(
     owner: weakref.ref[CommQueue],
-    jobs: queue.SimpleQueue[tuple[Pending[object], torch.cuda.Event | None] | None],
+    jobs: queue.SimpleQueue[tuple[Pending[Any], torch.cuda.Event | None] | None],
 ) -> None:
     """The thread: holds its queue only while it works, so that a forgotten queue can be collected."""
     while (job := jobs.get()) is not None:

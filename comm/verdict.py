@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from thinwire.comm.rank_names import name_ranks
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -59,11 +61,11 @@ def draw_verdict(queue: str, here: Progress, rank: int, peers: Sequence[int], wh
     if survey.silent:
         lost = tuple(peers[r] for r in survey.silent)
         answered = [peers[r] for r in (rank, *survey.progress)]
-        text = f"{head} No answer from {_name(lost)}: dead, stopped or cut off. Answered: {_name(answered)}."
+        text = f"{head} No answer from {name_ranks(lost)}: dead, stopped or cut off. Answered: {name_ranks(answered)}."
         return Verdict("lost", operation, lost, text)
     if late := {peers[r]: p for r, p in survey.progress.items() if p.sequence < here.sequence}:
         text = (
-            f"{head} All ranks are alive, but {_name(list(late))} had not reached it ({_list(late)}). "
+            f"{head} All ranks are alive, but {name_ranks(list(late))} had not reached it ({_list(late)}). "
             "If a rank may be that slow, raise world.timeout_s."
         )
         return Verdict("late", operation, tuple(sorted(late)), text)
@@ -76,10 +78,6 @@ def draw_verdict(queue: str, here: Progress, rank: int, peers: Sequence[int], wh
         "Raise world.timeout_s, or send less."
     )
     return Verdict("late", operation, (), text)
-
-
-def _name(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(str(r) for r in sorted(ranks))}"
 
 
 def _list(progress: dict[int, Progress]) -> str:

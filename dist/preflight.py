@@ -16,6 +16,7 @@ from torch.distributed import DistNetworkError, DistStoreError, Store
 
 import thinwire
 from thinwire.comm.queue import CommQueue
+from thinwire.comm.rank_names import name_ranks
 
 # What is compared, in this order. The exchange has this many digests in every version, so that versions can differ.
 CATEGORIES = ("thinwire", "torch", "config", "parameters", "values", "tokenizer", "data", "device")
@@ -118,15 +119,13 @@ def _differences(told: list[dict[str, str]], category: str) -> Iterator[str]:
         reference, _ = Counter(values).most_common(1)[0]  # among equals the first seen, that is the lowest rank's
         odd = {value: [r for r, v in enumerate(values) if v == value] for value in values if value != reference}
         if odd:
-            parts = [f"{_name(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}" for value, ranks in odd.items()]
+            parts = [
+                f"{name_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}" for value, ranks in odd.items()
+            ]
             others = [r for r, v in enumerate(values) if v == reference]
             rest = "the others have" if len(others) > 1 else f"rank {others[0]} has"
             prefix = "config." if category == "config" else ""
             yield f"{prefix}{entry}: {'; '.join(parts)}; {rest} {reference}"
-
-
-def _name(ranks: list[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 def _digest(entries: Mapping[str, str]) -> bytes:

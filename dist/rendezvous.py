@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from thinwire.comm.errors import CommError
+from thinwire.comm.rank_names import ranges
 from thinwire.dist.place import Place
 
 
@@ -113,7 +114,7 @@ def _absence(store: dist.Store, place: Place, timeout_s: float) -> RendezvousErr
     missing = sorted(set(range(place.world_size)) - set(there))
     return RendezvousError(
         f"{len(missing)} of {place.world_size} ranks did not come to {place.master_addr}:{place.master_port} within "
-        f"{timeout_s:g} s. Missing: {_ranges(missing)}. There: {_ranges(there)}. Look at the output of the missing "
+        f"{timeout_s:g} s. Missing: {ranges(missing)}. There: {ranges(there)}. Look at the output of the missing "
         "ones; a slow start needs a larger world.rendezvous_timeout_s",
         missing,
     )
@@ -167,17 +168,6 @@ def _bound(family: int, target: Any) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from thinwire.comm.queue import CommQueue, Pending
+from thinwire.comm.rank_names import name_ranks
 
 
 class NonFiniteError(ArithmeticError):
@@ -18,7 +19,7 @@ class NonFiniteError(ArithmeticError):
 
     def __init__(self, step: int, ranks: tuple[int, ...], what: str) -> None:
         if ranks:
-            whose = f"the loss of rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} is NaN or infinite"
+            whose = f"the loss of {name_ranks(ranks)} is NaN or infinite"
         else:
             whose = "every rank's loss is finite, so a gradient overflowed, on its way over the wire at the latest"
         super().__init__(

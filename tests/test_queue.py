@@ -141,7 +141,7 @@ def test_a_silent_rank_is_lost() -> None:
         error = outcomes[rank]
         assert isinstance(error, PeerLostError)
         assert error.missing_ranks == (0,)
-        assert "Answered: ranks 1, 2" in str(error)
+        assert "Answered: ranks 1-2" in str(error)
 
 
 def test_ranks_that_disagree_about_the_operation_are_told_so() -> None:

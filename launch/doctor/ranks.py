@@ -122,17 +122,6 @@ def compare(records: Mapping[int, Mapping[str, Any]], size: int) -> Comparison:
     )
 
 
-def ranges(ranks: Sequence[int]) -> str:
-    """Ranks for people: 0, 1, 2, 5 as "0-2, 5"."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][1] == rank - 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
 def _poll(done: Callable[[], bool], wait_s: float) -> bool:
     """Whether `done` comes true within wait_s seconds. The store's own wait writes warnings when its time is up."""
     deadline = time.monotonic() + wait_s

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from thinwire.comm.rank_names import ranges
 from thinwire.launch.doctor.finding import Finding
-from thinwire.launch.doctor.ranks import MUST_AGREE, Comparison, ranges
+from thinwire.launch.doctor.ranks import MUST_AGREE, Comparison
 
 _MARKS = {"ok": ("ok", "green"), "limited": ("--", "yellow"), "problem": ("!!", "bold red")}
 
