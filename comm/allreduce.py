@@ -80,7 +80,6 @@ class AllReduce:
         if self._removed:
             return _plain_mean(self._group, buffer)
         if bucket.index() == 0:
-            self._pending.clear()  # left by a backward that an error of the user's interrupted
             # Runs before DDP's own end-of-backward callback, which is queued with the last bucket. An error raised here
             # keeps its type and leaves loss.backward(); one set on a Future would reach the user as a RuntimeError.
             torch.autograd.Variable._execution_engine.queue_callback(self._finish)
