@@ -1,4 +1,4 @@
-"""Claim: the two-shot mean fills a thin link, where an all-to-all of all peers at once leaves much of it idle.
+"""Claim: the two-shot mean uses a thin link better than an all-to-all of all peers at once, which leaves much idle.
 
     python benchmarks/two_shot.py [--repeats 5] [--json FILE]
 
