@@ -1,0 +1,1 @@
+"""Compressors, error feedback, compressed collectives, and the hooks by which they enter DDP and FSDP2."""
