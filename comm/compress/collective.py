@@ -46,7 +46,8 @@ class Collective(Protocol):
     def mean(self, channel: Channel, job: Job) -> list[Decoded] | None:
         """Exchange, write the outputs, and return what this rank contributed: C(inputs[i]), unweighted, flat.
 
-        Empty if job.memories took it up. None if any rank's input was not finite: the outputs are then NaN on every rank, and no state has changed.
+        Empty if job.memories took it up. None if any rank's input was not finite: the outputs are then NaN on every
+        rank, and no state has changed.
 
         Raises:
             PayloadError: what a rank sent cannot be read.
