@@ -19,7 +19,7 @@ _TAG = 0  # of point-to-point messages: a pair's messages keep their order, so o
 class Channel:
     """What one operation of a CommQueue sees of its process group. Valid only while that operation runs.
 
-    Attributes: rank and size, within the group.
+    Attributes: rank and size, within the channel: the group, or the part of it that among() has named.
     """
 
     def __init__(
@@ -29,14 +29,42 @@ class Channel:
         meter: TrafficMeter,
         operation: str,
         wait: Callable[[Work, bool], None],
+        members: Sequence[int] | None = None,
     ) -> None:
-        self.rank = group.rank()
-        self.size = group.size()
+        self._members = range(group.size()) if members is None else members  # ranks of the group
+        self.rank = self._members.index(group.rank())
+        self.size = len(self._members)
         self._group = group
         self._peers = peers
         self._meter = meter
         self._operation = operation
         self._wait = wait
+
+    def among(self, ranks: Sequence[int]) -> Channel:
+        """A channel over some ranks of this one, which number themselves in this order.
+
+        Needs no group of its own: what it exchanges concerns its members alone, and other members may use another part
+        of the group, or none, at the same time. All members make their calls in the same order.
+
+        Args:
+            ranks: of this channel, ascending; this rank is one of them.
+        Raises:
+            ValueError: other ranks than these.
+        """
+        ranks = list(ranks)
+        if ranks != sorted(set(ranks)) or self.rank not in ranks or not 0 <= ranks[0] <= ranks[-1] < self.size:
+            raise ValueError(
+                f"ranks: {ranks} among {self.size}; they must be ascending, below {self.size}, and this rank, "
+                f"{self.rank}, one of them"
+            )
+        return Channel(
+            self._group,
+            [self._peers[r] for r in ranks],
+            self._meter,
+            self._operation,
+            self._wait,
+            [self._members[r] for r in ranks],
+        )
 
     def all_to_all(
         self,
@@ -91,10 +119,26 @@ class Channel:
     def _exchange(
         self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
     ) -> None:
-        work = self._group.alltoall_base(output, input, list(output_splits), list(input_splits))
+        whole = self.size == self._group.size()
+        if not whole and not input.is_cuda:
+            # Gloo's all-to-all waits for empty slices too, and so for ranks that have nothing to do with this.
+            self._exchange_in_rounds(
+                output.split(list(output_splits)), input.split(list(input_splits)), under_way_at_most=self.size
+            )
+            return
+        work = self._group.alltoall_base(output, input, self._of_group(output_splits), self._of_group(input_splits))
         self._wait(work, input.is_cuda)
 
-    def _exchange_in_rounds(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    def _of_group(self, splits: Sequence[int]) -> list[int]:
+        """Splits by rank of the group; the members ascend, so the slices keep their places."""
+        spread = [0] * self._group.size()
+        for member, split in zip(self._members, splits, strict=True):
+            spread[member] = split
+        return spread
+
+    def _exchange_in_rounds(
+        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], under_way_at_most: int = _ROUNDS_UNDER_WAY
+    ) -> None:
         """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link.
 
         A round begins when the last but one has ended: that hides the start of its streams behind the round before.
@@ -105,11 +149,11 @@ class Channel:
             target, source = (self.rank + k) % self.size, (self.rank - k) % self.size
             round_k = []
             if len(outputs[source]):
-                round_k.append(self._group.recv([outputs[source]], source, _TAG))
+                round_k.append(self._group.recv([outputs[source]], self._members[source], _TAG))
             if len(inputs[target]):
-                round_k.append(self._group.send([inputs[target]], target, _TAG))
+                round_k.append(self._group.send([inputs[target]], self._members[target], _TAG))
             under_way.append(round_k)
-            if len(under_way) == _ROUNDS_UNDER_WAY:
+            if len(under_way) == under_way_at_most:
                 self._wait_for_all(under_way.popleft())
         for remaining in under_way:
             self._wait_for_all(remaining)
