@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from thinwire.comm.rank_names import name_ranks
+
 
 class CommError(RuntimeError):
     """A named operation of the communication layer failed on this rank.
@@ -28,3 +30,18 @@ class PeerLateError(CommError):
 
 class PeerFailedError(CommError):
     """A rank left the job and said why: it raised an exception of its own."""
+
+
+class NonFiniteWeightsError(ArithmeticError):
+    """Weights that the ranks were to average are NaN or infinite. Raised on every rank; none has taken them up.
+
+    Attributes: ranks whose own weights were not finite; empty if only their mean was not.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        whose = f"the weights of {name_ranks(ranks)} are" if ranks else "every rank's weights are finite, their mean is"
+        super().__init__(
+            f"{whose} NaN or infinite at the end of a round; all ranks are back at the weights of the last exchange. "
+            "Lower the learning rate, and clear the optimizers' states before going on"
+        )
+        self.ranks = tuple(ranks)

@@ -1,8 +1,9 @@
-"""The five members by which the trainer, the checkpoint and the meter know every method."""
+"""The five members by which the trainer, the checkpoint and the meter know every method, and one of some methods."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -33,3 +34,17 @@ class Method(Protocol):
     def remove(self) -> None:
         """Leave the trainer as it was before the method entered."""
         ...
+
+
+@runtime_checkable
+class LocalMethod(Method, Protocol):
+    """A Method under which each rank trains a model of its own, from gradients of its own: the ranks' models differ."""
+
+    def agreed(self) -> AbstractContextManager[None]:
+        """Within this context the model holds weights that are the same on every rank: to evaluate and to keep."""
+        ...
+
+
+def agreed_weights(method: Method) -> AbstractContextManager[None]:
+    """A context in which the model that `method` trains is the same on every rank."""
+    return method.agreed() if isinstance(method, LocalMethod) else nullcontext()

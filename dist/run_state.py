@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from thinwire.comm.method import Method
+from thinwire.comm.method import LocalMethod, Method, agreed_weights
 from thinwire.dist.checkpoint import Checkpointer, CheckpointSettings, Loaded
 from thinwire.dist.run_folder import CHECKPOINTS, check_same_run
 from thinwire.dist.world import World
@@ -61,8 +61,11 @@ class RunState:
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps."""
-        per_rank = {"method": self._method.state_dict(), "random": self._random_state()}
-        self._checkpoints.save(self.step, self._shared(), per_rank, self._facts)
+        per_rank: dict[str, Any] = {"method": self._method.state_dict(), "random": self._random_state()}
+        if isinstance(self._method, LocalMethod):
+            per_rank |= {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        with agreed_weights(self._method):
+            self._checkpoints.save(self.step, self._shared(), per_rank, self._facts)
 
     def _load_other_run(self, source: Path, settings: CheckpointSettings, world: World) -> Loaded:
         checkpoints = Checkpointer(
@@ -80,12 +83,13 @@ class RunState:
 
     def _restore(self, loaded: Loaded) -> None:
         assert loaded.per_rank is not None  # another number of ranks was refused
-        self._model.load_state_dict(loaded.shared["model"])
+        self._method.load_state_dict(loaded.per_rank["method"])  # first: it knows a state that another method wrote
+        trained = loaded.per_rank if isinstance(self._method, LocalMethod) else loaded.shared
+        self._model.load_state_dict(trained["model"])
         options = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(loaded.shared["optimizer"])
+        self._optimizer.load_state_dict(trained["optimizer"])
         for group, present in zip(self._optimizer.param_groups, options, strict=True):
             group.update(present)  # torch would go on with the checkpoint's, whatever the configuration says
-        self._method.load_state_dict(loaded.per_rank["method"])
         torch.set_rng_state(loaded.per_rank["random"]["cpu"])
         if "cuda" in loaded.per_rank["random"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(loaded.per_rank["random"]["cuda"], self._device)
@@ -94,7 +98,8 @@ class RunState:
         self.resumed = f"continues from {loaded.path} after {loaded.step} steps{passed_over}"
 
     def _shared(self) -> dict[str, Any]:
-        return {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        optimizer = {} if isinstance(self._method, LocalMethod) else self._optimizer.state_dict()
+        return {"model": self._model.state_dict(), "optimizer": optimizer}
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}

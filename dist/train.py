@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from thinwire.comm.method import LocalMethod, agreed_weights
 from thinwire.comm.settings import Settings
 from thinwire.dist.data import Data, shard
 from thinwire.dist.engine.ddp import wrap_ddp
@@ -207,7 +208,9 @@ class Trainer:
         loss = self._forward_backward()
         norm = self._clip()
         self._publish()  # the step before: its reports came in while this one computed
-        if not math.isfinite(norm):
+        if isinstance(self.method, LocalMethod):
+            loss = loss if math.isfinite(norm) else math.nan  # this rank alone knows; all will, from the step's reports
+        elif not math.isfinite(norm):
             # The averaged gradient is the same on all ranks, so all are here at this step: ask whose loss it was.
             self._reports.send(loss, stop=False)
             ranks = self._reports.read().non_finite_ranks
@@ -271,15 +274,16 @@ class Trainer:
     def _evaluate(self) -> Record:
         settings, windows = self.config.train, self.data.validation
         wanted = windows.count if settings.eval_windows == "all" else settings.eval_windows
-        result = evaluate(
-            self.model.module,
-            windows,
-            count=min(wanted, windows.count),
-            batch=settings.eval_batch,
-            queue=self.world.queue,
-            device=self.world.device,
-            precision=self._precision(),
-        )
+        with agreed_weights(self.method):
+            result = evaluate(
+                self.model.module,
+                windows,
+                count=min(wanted, windows.count),
+                batch=settings.eval_batch,
+                queue=self.world.queue,
+                device=self.world.device,
+                precision=self._precision(),
+            )
         return {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
 
     def _is_due(self, every: int) -> bool:
