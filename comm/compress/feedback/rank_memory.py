@@ -1,0 +1,133 @@
+"""What all kinds of feedback share: stores that commit together, the loss scale, checkpoints, a new world size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from thinwire.comm.compress.decoded import Decoded
+from thinwire.comm.compress.draw import Draw
+from thinwire.comm.compress.feedback.protocol import Place
+from thinwire.comm.compress.feedback.store import Buffered, Pair, Store
+
+Storage = Literal["fp32", "int8"]
+
+
+class RankMemory:
+    """Base of the kinds: a Feedback whose before() and after() are still to be written.
+
+    Attributes:
+        kind: as in the settings.
+        same_on_all_ranks: labels of the stores in which every rank holds the same bits.
+        gives_back_to: label of the store that a given back error enters, and its sign there; None: nowhere.
+    """
+
+    kind: ClassVar[str]
+    server_error: ClassVar[bool] = False
+    same_on_all_ranks: ClassVar[frozenset[str]] = frozenset()
+    gives_back_to: ClassVar[tuple[str, float] | None] = None
+
+    def __init__(self, place: Place, **stores: Store) -> None:
+        self._place = place
+        self._stores = stores
+        self._step = 0
+        self._scale = 1.0
+
+    def begin_step(self, step: int, scale: float = 1.0) -> None:
+        self.rollback()
+        self._step, self._scale = step, scale
+
+    def memories(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None
+
+    def before(self, name: str, gradient: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None:
+        raise NotImplementedError
+
+    def weights(self, size: int) -> Sequence[float] | None:
+        return None
+
+    def density(self, final: float) -> float:
+        return final
+
+    def commit(self) -> None:
+        for store in self._stores.values():
+            store.commit()
+
+    def rollback(self) -> None:
+        for store in self._stores.values():
+            store.rollback()
+
+    def give_back(self, name: str, offset: int, error: Tensor) -> None:
+        if self.gives_back_to is None:
+            raise ValueError(f"feedback: kind {self.kind} keeps no memory that could take back an error; choose ef")
+        label, sign = self.gives_back_to
+        if name not in self._stores[label]:
+            raise ValueError(f"feedback: {name} has no memory yet, so none to give an error back to")
+        self._stores[label].add(name, offset, error * sign)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity(), "stores": {label: store.state() for label, store in self._stores.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._check(state, self._place.rank, self._place.size)
+        for label, store in self._stores.items():
+            store.load(state["stores"][label])
+
+    def merge(self, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        for rank, state in enumerate(states):
+            self._check(state, rank, len(states))
+        means = self._mean_weights(states)
+        first = [1.0] + [0.0] * (len(states) - 1)
+        return {
+            **self._identity(),
+            "stores": {
+                label: store.average(
+                    [state["stores"][label] for state in states], first if label in self.same_on_all_ranks else means
+                )
+                for label, store in self._stores.items()
+            },
+        }
+
+    def metrics(self) -> dict[str, float]:
+        return {f"{label}_norm": store.norm() for label, store in self._stores.items()}
+
+    def _mean_weights(self, states: Sequence[Mapping[str, Any]]) -> Sequence[float]:
+        """How much of each old rank's own stores every new rank gets."""
+        return [1 / len(states)] * len(states)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree between a state and the feedback that loads it."""
+        return {"kind": self.kind, "rank": self._place.rank, "size": self._place.size}
+
+    def _check(self, state: Mapping[str, Any], rank: int, size: int) -> None:
+        expected = {**self._identity(), "rank": rank, "size": size}
+        for key, needed in expected.items():
+            if state.get(key) != needed:
+                raise ValueError(
+                    f"feedback: the state has {key} {state.get(key)!r}, but {needed!r} is needed; resume with "
+                    "the settings that it was saved with, and bring a state of other ranks here with merge()"
+                )
+        if set(state["stores"]) != set(self._stores):
+            raise ValueError(
+                f"feedback: the state holds {sorted(state['stores'])}, but {sorted(self._stores)} are needed"
+            )
+
+    def _unscale(self, gradient: Tensor) -> Tensor:
+        """The gradient without the loss scale, in place."""
+        return gradient if self._scale == 1.0 else gradient.mul_(1.0 / self._scale)
+
+    def _buffered(self, storage: Storage, label: str) -> Buffered:
+        """A store of the wanted format whose rounding depends on the step, the name and the rank."""
+        if storage == "fp32":
+            return Pair()
+        from thinwire.comm.compress.feedback.blocks import BlockPair
+
+        return BlockPair(lambda name: self._key(f"{label}/{name}"))
+
+    def _key(self, name: str) -> int:
+        return Draw(self._place.seed, self._step, name, self._place.rank).own_key()
