@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from thinwire.comm.compress.decoded import Decoded
@@ -37,11 +38,14 @@ class EF(FeedbackSettings):
 
     Args:
         storage: "int8" keeps e in blocks of 256 with one scale, stochastically rounded, so without bias.
+        decay: multiplies e before it is added; below 1 (SparseLoCo, Sarfi et al. 2025, 2508.15706: 0.95) old errors
+            are forgotten little by little, and what was given and what was sent no longer have equal sums.
     """
 
     kind: Literal["ef"] = "ef"
     units: Literal["gradient", "update"] = "gradient"
     storage: Storage = "fp32"
+    decay: float = Field(1.0, gt=0, le=1)
 
     def build(self, place: Place) -> ErrorFeedback:
         return ErrorFeedback(self, place)
@@ -73,6 +77,7 @@ class ErrorFeedback(RankMemory):
             )
         self._errors = self._buffered(settings.storage, "error")
         self._in_updates = settings.units == "update"
+        self._decay = settings.decay
         super().__init__(place, error=self._errors)
 
     def memories(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,6 +87,8 @@ class ErrorFeedback(RankMemory):
         return self._errors.now(name, gradient), self._errors.next(name, gradient)
 
     def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None:
+        if self._decay != 1.0:
+            self._errors.next(name, mean).mul_(self._decay)
         self._errors.seal(name)
         factor = self._factor(name)
         if factor != 1.0:
