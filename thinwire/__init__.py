@@ -9,6 +9,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from thinwire.comm.allreduce import allreduce as allreduce
+    from thinwire.comm.compress.compressors.dense import BF16 as BF16
+    from thinwire.comm.compress.compressors.dense import Dense as Dense
+    from thinwire.comm.compress.compressors.dense import FP16 as FP16
+    from thinwire.comm.compress.compressors.low_rank import LowRank as LowRank
     from thinwire.comm.errors import CommError as CommError
     from thinwire.comm.errors import PeerFailedError as PeerFailedError
     from thinwire.comm.errors import PeerLateError as PeerLateError
@@ -17,7 +21,11 @@ if TYPE_CHECKING:
 
 # Name -> module that defines it. Nothing here imports torch until the name is used.
 _PUBLIC = {
+    "BF16": "thinwire.comm.compress.compressors.dense",
     "CommError": "thinwire.comm.errors",
+    "Dense": "thinwire.comm.compress.compressors.dense",
+    "FP16": "thinwire.comm.compress.compressors.dense",
+    "LowRank": "thinwire.comm.compress.compressors.low_rank",
     "PeerFailedError": "thinwire.comm.errors",
     "PeerLateError": "thinwire.comm.errors",
     "PeerLostError": "thinwire.comm.errors",
