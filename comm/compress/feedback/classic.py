@@ -81,9 +81,7 @@ class ErrorFeedback(RankMemory):
         super().__init__(place, error=self._errors)
 
     def memories(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        factor = self._factor(name)
-        if factor != 1.0:
-            gradient.mul_(factor)
+        self._take_in(name, gradient)
         return self._errors.now(name, gradient), self._errors.next(name, gradient)
 
     def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None:
@@ -95,9 +93,8 @@ class ErrorFeedback(RankMemory):
             mean.mul_(1.0 / factor)
 
     def _factor(self, name: str) -> float:
-        """From the gradient as it comes, multiplied by the loss scale, to the units of the memory."""
         if not self._in_updates:
-            return 1.0 / self._scale
+            return super()._factor(name)
         assert self._place.learning_rate is not None
         learning_rate = self._place.learning_rate(name)
         if not learning_rate > 0.0:
@@ -105,7 +102,7 @@ class ErrorFeedback(RankMemory):
                 f"feedback.units: 'update' divides by the learning rate, but that of {name} is {learning_rate} in step "
                 f"{self._step}; start the schedule above zero, or use units: gradient"
             )
-        return learning_rate / self._scale
+        return learning_rate * super()._factor(name)
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "units": "update" if self._in_updates else "gradient"}

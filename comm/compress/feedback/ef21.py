@@ -10,7 +10,7 @@ from torch import Tensor
 from thinwire.comm.compress.decoded import Decoded
 from thinwire.comm.compress.feedback.protocol import FeedbackSettings, Place
 from thinwire.comm.compress.feedback.rank_memory import RankMemory
-from thinwire.comm.compress.feedback.store import Pair, Sum
+from thinwire.comm.compress.feedback.store import Pair, Store, Sum
 
 
 class EF21(FeedbackSettings):
@@ -53,12 +53,12 @@ class EF21Feedback(RankMemory):
     same_on_all_ranks = frozenset({"mean"})
     gives_back_to = ("own", -1.0)
 
-    def __init__(self, place: Place, **more: Pair) -> None:
+    def __init__(self, place: Place, **more: Store) -> None:
         self._own, self._mean = Sum(), Pair()
         super().__init__(place, own=self._own, mean=self._mean, **more)
 
     def before(self, name: str, gradient: Tensor) -> Tensor:
-        return self._unscale(gradient).sub_(self._own.now(name, gradient))
+        return self._take_in(name, gradient).sub_(self._own.now(name, gradient))
 
     def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None:
         assert sent is not None

@@ -117,9 +117,14 @@ class RankMemory:
                 f"feedback: the state holds {sorted(state['stores'])}, but {sorted(self._stores)} are needed"
             )
 
-    def _unscale(self, gradient: Tensor) -> Tensor:
-        """The gradient without the loss scale, in place."""
-        return gradient if self._scale == 1.0 else gradient.mul_(1.0 / self._scale)
+    def _factor(self, name: str) -> float:
+        """What brings a gradient, as it comes, to the units of the memory: at least the loss scale is taken out."""
+        return 1.0 / self._scale
+
+    def _take_in(self, name: str, gradient: Tensor) -> Tensor:
+        """The gradient in the units of the memory, in place."""
+        factor = self._factor(name)
+        return gradient if factor == 1.0 else gradient.mul_(factor)
 
     def _buffered(self, storage: Storage, label: str) -> Buffered:
         """A store of the wanted format whose rounding depends on the step, the name and the rank."""

@@ -8,7 +8,11 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, Field, TypeAdapter
 
 from thinwire.comm.compress.feedback.classic import EF, NoFeedback
+from thinwire.comm.compress.feedback.dgc import DGC
+from thinwire.comm.compress.feedback.econtrol import EControl
 from thinwire.comm.compress.feedback.ef21 import EF21, EF21BC
+from thinwire.comm.compress.feedback.ef21_variants import EF21PP, EF21SGDM
+from thinwire.comm.compress.feedback.ef21_weighted import EF21W
 from thinwire.comm.compress.feedback.protocol import Feedback, Place
 
 
@@ -17,7 +21,9 @@ def _from_name(value: Any) -> Any:
 
 
 AnyFeedback: TypeAlias = Annotated[
-    Annotated[NoFeedback | EF | EF21 | EF21BC, Field(discriminator="kind")],
+    Annotated[
+        NoFeedback | EF | EF21 | EF21W | EF21SGDM | EF21BC | EF21PP | EControl | DGC, Field(discriminator="kind")
+    ],
     BeforeValidator(_from_name),
 ]
 """A field of this type takes settings, a mapping with `kind`, or a kind's name for its defaults."""

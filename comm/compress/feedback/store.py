@@ -82,6 +82,11 @@ class Exact(Store):
         check_range(name, offset, values, self._now[name].numel())
         self._now[name].view(-1)[offset : offset + values.numel()] += values.view(-1)
 
+    def scale(self, factor: float) -> None:
+        """Multiply every committed value, at once."""
+        for value in self._now.values():
+            value.mul_(factor)
+
     def state(self) -> dict[str, Any]:
         return {name: value.clone() for name, value in self._now.items()}
 
