@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from thinwire.comm.allreduce import allreduce as allreduce
     from thinwire.comm.compress.compressors.dense import BF16 as BF16
-    from thinwire.comm.compress.compressors.dense import Dense as Dense
     from thinwire.comm.compress.compressors.dense import FP16 as FP16
+    from thinwire.comm.compress.compressors.dense import Dense as Dense
     from thinwire.comm.compress.compressors.low_rank import LowRank as LowRank
     from thinwire.comm.errors import CommError as CommError
     from thinwire.comm.errors import PeerFailedError as PeerFailedError
