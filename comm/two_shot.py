@@ -37,7 +37,7 @@ class TwoShotMean:
         cast = tensor.dtype != self.wire_dtype
         payload = self._take("payload", tensor.numel(), tensor.device).copy_(tensor) if cast else tensor
         received = self._take("received", size * own, tensor.device)
-        in_rounds = tensor.numel() // size * self.wire_dtype.itemsize >= _ROUNDS_FROM_BYTES
+        in_rounds = is_worth_rounds(tensor.numel() // size * self.wire_dtype.itemsize)
         channel.all_to_all(received, payload, [own] * size, splits, in_rounds=in_rounds)
         reduced = self._take("reduced", own, tensor.device)
         cast_reduce(received.view(size, own), scale=1.0 / size, out=reduced)
@@ -58,9 +58,14 @@ class TwoShotMean:
         return held[:numel]
 
 
-def split_evenly(numel: int, size: int) -> list[int]:
-    """Elements per rank: as equal as can be in steps of 16, so that a GPU reads every slice 16 bytes at a time."""
-    blocks, rest = divmod(numel, _ALIGNMENT)
-    sizes = [_ALIGNMENT * (blocks // size + (r < blocks % size)) for r in range(size)]
+def split_evenly(numel: int, size: int, unit: int = _ALIGNMENT) -> list[int]:
+    """Elements per rank: as equal as can be in steps of `unit`: 16 lets a GPU read every slice 16 bytes at a time."""
+    blocks, rest = divmod(numel, unit)
+    sizes = [unit * (blocks // size + (r < blocks % size)) for r in range(size)]
     sizes[blocks % size] += rest
     return sizes
+
+
+def is_worth_rounds(slice_bytes: int) -> bool:
+    """Whether slices of this size fill a link better when they are exchanged with one rank after another."""
+    return slice_bytes >= _ROUNDS_FROM_BYTES

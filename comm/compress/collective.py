@@ -62,6 +62,13 @@ class Collective(Protocol):
         """Forget it: the step that these calls belonged to is not taken."""
         ...
 
+    def surrendered(self) -> list[tuple[str, int, Tensor]]:
+        """(name, offset, error): state of this rank that it can no longer keep, flat from that offset; told once.
+
+        To be asked for after commit(). Added to what this rank compresses next, it is not lost: Feedback.give_back().
+        """
+        ...
+
     def sent_bytes(self, shapes: Mapping[str, Sequence[int]], rank: int, size: int) -> dict[int, int]:
         """Payload bytes that `rank` sends in one call with these tensors, by receiving rank of the channel.
 

@@ -1,0 +1,118 @@
+"""Mean of compressed tensors by gathering everybody's message: for payloads that cannot be summed or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.channel import Channel
+from thinwire.comm.compress.collective import Job
+from thinwire.comm.compress.collectives.contribution import (
+    Envelope,
+    are_finite,
+    contribute,
+    decode,
+    expected_bytes,
+    fill_with_nan,
+    nothing,
+    slot_bytes,
+)
+from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.decoded import Decoded, add_to
+from thinwire.comm.two_shot import is_worth_rounds
+from thinwire.comm.wire import FLAG_NOT_FINITE, PayloadError, message_bytes
+
+_LENGTH_BYTES = 8
+
+
+class AllGather:
+    """outputs[i] <- 1/n * sum_r weights[r] * C(inputs_r[i]): every rank receives and adds the messages of all.
+
+    A call sends one message, with one section per tensor, to each other rank: (n-1) payloads. So it suits sparse
+    payloads on few ranks; its traffic grows with n. Compressors without a fixed size exchange 8 bytes of length first.
+
+    Args:
+        compressor: any.
+    """
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+        self._envelope = Envelope(compressor)
+        self._lengths: dict[tuple[str, ...], list[int]] = {}  # of the last call's messages, by the tensors' names
+
+    def mean(self, channel: Channel, job: Job) -> list[Decoded] | None:
+        """As in Collective."""
+        rank, size = channel.rank, channel.size
+        weights = job.weights or [1.0] * size
+        absent = [weight == 0 for weight in weights]
+        shapes = [x.shape for x in job.inputs]
+        flags, payloads = contribute(self.compressor, job.inputs, job.draws, job.memories, absent=absent[rank])
+        length, slot = self._envelope.pack(flags, payloads, job.inputs[0].device)
+        lengths = self._exchange_lengths(channel, length, slot, shapes, absent)
+        self._lengths[tuple(job.names)] = lengths
+        slots = [slot_bytes(n) for n in lengths]
+        received = torch.empty(sum(slots), dtype=torch.uint8, device=slot.device)
+        channel.all_gather(received, slot, slots, in_rounds=is_worth_rounds(max(slots)))
+        messages = self._envelope.unpack(received, lengths, absent, len(shapes))
+        if any(message.flags & FLAG_NOT_FINITE for message in messages):
+            fill_with_nan(job.outputs)
+            return None
+        own: list[Decoded] = nothing(job.inputs)
+        for i, (output, shape, draw) in enumerate(zip(job.outputs, shapes, job.draws, strict=True)):
+            output.zero_()
+            for r, (message, weight) in enumerate(zip(messages, weights, strict=True)):
+                if weight:
+                    decoded = decode(self.compressor, message.sections[i], shape, draw, sender=r)
+                    add_to(output, decoded, weight)
+                    if r == rank:
+                        own[i] = decoded
+            if size > 1:
+                output.mul_(1.0 / size)
+        if not are_finite(job.outputs):
+            fill_with_nan(job.outputs)
+            return None
+        return own if job.memories is None else []
+
+    def commit(self) -> None:
+        """Nothing is kept."""
+
+    def rollback(self) -> None:
+        """Nothing is kept."""
+
+    def surrendered(self) -> list[tuple[str, int, Tensor]]:
+        """Nothing."""
+        return []
+
+    def sent_bytes(self, shapes: Mapping[str, Sequence[int]], rank: int, size: int) -> dict[int, int]:
+        """As in Collective; of the last call with these names, or before the first as the compressor expects."""
+        lengths = self._lengths.get(tuple(shapes), [])
+        if len(lengths) == size:
+            length = lengths[rank]
+        else:
+            length = expected_bytes(self.compressor, [torch.Size(shape) for shape in shapes.values()])
+        to_each = slot_bytes(length) + (0 if self.compressor.fixed_size else _LENGTH_BYTES)
+        return {r: to_each for r in range(size) if r != rank}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Accept the empty state."""
+        assert not state
+
+    def _exchange_lengths(
+        self, channel: Channel, own: int, slot: Tensor, shapes: Sequence[torch.Size], absent: Sequence[bool]
+    ) -> list[int]:
+        """Bytes of every rank's message; asked for only if they cannot be known."""
+        if self.compressor.fixed_size:
+            return [expected_bytes(self.compressor, shapes, absent=away) for away in absent]
+        lengths: list[int] = channel.all_gather_same(torch.tensor(own, device=slot.device)).tolist()
+        longest = message_bytes([4 * shape.numel() + 4 for shape in shapes])
+        for r, length in enumerate(lengths):
+            if not 0 < length <= longest:
+                raise PayloadError(f"from rank {r} of the exchange: a message of {length} bytes; at most {longest}")
+        return lengths

@@ -1,0 +1,37 @@
+"""Several tensors seen as one flat tensor: without a copy where they lie one after another, as in a DDP bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of contiguous tensors, one tensor after another: a view if possible, otherwise a copy."""
+    view = as_one(tensors)
+    return torch.cat([x.reshape(-1) for x in tensors]) if view is None else view
+
+
+def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
+    """The flat view of contiguous tensors that lie one after another in one storage; None if they do not."""
+    first = tensors[0]
+    storage, end = first.untyped_storage().data_ptr(), first.storage_offset()
+    for x in tensors:
+        if x.untyped_storage().data_ptr() != storage or x.storage_offset() != end:
+            return None
+        end += x.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,))
+
+
+def split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of joined(): a flat view of the part of each tensor."""
+    return list(flat.split([x.numel() for x in tensors]))
+
+
+def copy_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write the parts of `flat` into the tensors, unless it is a view of them."""
+    for part, x in zip(split_like(flat, tensors), tensors, strict=True):
+        if part.data_ptr() != x.data_ptr():
+            x.copy_(part.view_as(x))
