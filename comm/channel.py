@@ -116,6 +116,34 @@ class Channel:
         self.all_gather(output, local.unsqueeze(0).contiguous(), [1] * self.size)
         return output
 
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite `tensor` on every rank by that of `source`.
+
+        Each rank gets a slice and hands it on to the others, so that the source sends its tensor no more than twice
+        however many ranks there are. broadcast_bytes() says who sends what.
+
+        Args:
+            tensor: flat and contiguous, of one length on all ranks; that of the source is left as it is.
+        """
+        splits = _even_splits(len(tensor), self.size)
+        own, is_source = splits[self.rank], self.rank == source
+        piece = tensor.new_empty(own)
+        nothing = [0] * self.size
+        self.all_to_all(
+            piece,
+            tensor if is_source else tensor[:0],
+            [own if r == source else 0 for r in range(self.size)],
+            splits if is_source else nothing,
+        )
+        receivers = [r for r in range(self.size) if r != source]
+        gathered = tensor.new_empty(0) if is_source else tensor
+        self.all_to_all(
+            gathered,
+            piece.repeat(len(receivers)),
+            nothing if is_source else splits,
+            [own if r != source else 0 for r in range(self.size)],
+        )
+
     def _exchange(
         self, output: Tensor, input: Tensor, output_splits: Sequence[int], input_splits: Sequence[int]
     ) -> None:
@@ -178,3 +206,15 @@ class Channel:
             {self._peers[r]: output_splits[r] * received_row_bytes for r in others},
             time.monotonic() - began,
         )
+
+
+def broadcast_bytes(payload_bytes: int, source: int, rank: int, size: int) -> dict[int, int]:
+    """What `rank` sends in Channel.broadcast() of as many bytes, by receiving rank."""
+    splits = _even_splits(payload_bytes, size)
+    return {
+        r: 0 if r == source else splits[rank] + (splits[r] if rank == source else 0) for r in range(size) if r != rank
+    }
+
+
+def _even_splits(numel: int, size: int) -> list[int]:
+    return [numel // size + (r < numel % size) for r in range(size)]

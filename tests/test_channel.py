@@ -7,7 +7,7 @@ import torch
 from ranks import Rank, run_ranks
 from torch import Tensor
 
-from thinwire.comm.channel import Channel
+from thinwire.comm.channel import Channel, broadcast_bytes
 
 
 def value(source: int, target: int, numel: int) -> Tensor:
@@ -83,3 +83,21 @@ def test_ranks_that_make_no_part_are_refused(ranks: list[int]) -> None:
                 queue.submit("part", lambda channel: channel.among(ranks)).wait()
 
     run_ranks(2, work)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("numel", [0, 1, 7, 100])
+def test_broadcast_reaches_all_and_costs_the_source_two_tensors_at_most(size: int, numel: int) -> None:
+    def work(rank: Rank) -> None:
+        queue = rank.queue()
+        for source in range(size):
+            tensor = torch.full((numel,), rank.rank, dtype=torch.uint8)
+            before = sum(queue.meter.sent_bytes().values())
+            queue.submit("broadcast", lambda channel, x=tensor, s=source: channel.broadcast(x, s)).wait()
+            assert torch.equal(tensor, torch.full((numel,), source, dtype=torch.uint8))
+            sent = sum(queue.meter.sent_bytes().values()) - before
+            assert sent == sum(broadcast_bytes(numel, source, rank.rank, size).values())
+            assert sent <= 2 * numel + size  # slices are whole bytes
+        queue.close()
+
+    run_ranks(size, work)
