@@ -75,7 +75,7 @@ def pack_message(sections: Sequence[Tensor], *, codec: int, flags: int = 0) -> T
     fields = _FIELDS.pack(_MAGIC, _VERSION, codec, flags if on_host else flags | _BODY_UNCHECKED, total, len(sections))
     checksum = zlib.crc32(fields)
     if on_host:
-        checksum = zlib.crc32(message[HEADER_BYTES:].numpy(), checksum)
+        checksum = zlib.crc32(message[HEADER_BYTES:].numpy().data, checksum)
     header = bytearray(fields + _CHECKSUM.pack(checksum))
     message[:HEADER_BYTES] = torch.frombuffer(header, dtype=torch.uint8)
     return message
@@ -104,7 +104,7 @@ def unpack_message(data: Tensor, *, codec: int) -> Message:
         raise PayloadError(f"a message of {total} bytes of which {data.numel()} arrived")
     checksum = zlib.crc32(header[: _FIELDS.size])
     if not flags & _BODY_UNCHECKED:
-        checksum = zlib.crc32(data[HEADER_BYTES:].cpu().contiguous().numpy(), checksum)
+        checksum = zlib.crc32(data[HEADER_BYTES:].cpu().contiguous().numpy().data, checksum)
     if checksum != _CHECKSUM.unpack_from(header, _FIELDS.size)[0]:
         raise PayloadError(f"a message of {total} bytes whose checksum is wrong")
     if found_codec != codec:

@@ -1,0 +1,206 @@
+"""The code of the kept values of a sparse tensor: whole numbers of few bits with a scale, a codebook, or a plain dtype.
+
+    fp32, bf16, fp16   the values to nearest even; what the dtype cannot hold becomes its largest number
+    int8, int4         fp32 scale = max|v| / 127 or / 7 for each 256 values, then round(v / scale), two int4 to a byte
+    int8_stochastic, int4_stochastic
+                       the same, rounded up or down by chance, so that the mean is the value
+    2bit               4 fp32 numbers, then for each value which of them is nearest, four to a byte
+    sign               fp32 scale = mean |v|, then a bit for each value, set where v >= 0
+
+All little-endian, the first value in the lowest bits. A block of zeros has scale 0. -128 and -8 stand for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from thinwire.comm.wire import PayloadError
+
+ValueKind: TypeAlias = Literal[
+    "fp32", "bf16", "fp16", "int8", "int8_stochastic", "int4", "int4_stochastic", "2bit", "sign"
+]
+Bytes: TypeAlias = npt.NDArray[np.uint8]
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+BLOCK = 256
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LLOYD_SAMPLES = 1 << 14
+_LLOYD_ROUNDS = 16
+
+
+def values_bytes(count: int, kind: ValueKind) -> int:
+    """Length of what encode_values() makes of `count` values."""
+    if count == 0:
+        return 0
+    if kind in _DTYPES:
+        return count * _DTYPES[kind].itemsize
+    if kind == "2bit":
+        return 16 + -(-count // 4)
+    if kind == "sign":
+        return 4 + -(-count // 8)
+    return 4 * -(-count // BLOCK) + (count if _is_int8(kind) else -(-count // 2))
+
+
+def encode_values(values: Tensor, kind: ValueKind, key: int = 0) -> Tensor:
+    """Encode finite values.
+
+    The four numbers of 2bit are those of Lloyd (1982): each is the mean of the values nearest to it. The search begins
+    at the quantiles 1/8, 3/8, 5/8 and 7/8, and looks at no more than 16384 or so of the values; the means are of all.
+
+    Args: values, fp32 (k,); key, for the stochastic kinds alone: the same key gives the same bytes.
+    Returns: uint8 (values_bytes,), on the device of the values.
+    """
+    if values.numel() == 0:
+        return torch.empty(0, dtype=torch.uint8, device=values.device)
+    if kind in _DTYPES:
+        largest = torch.finfo(_DTYPES[kind]).max
+        return values.clamp(-largest, largest).to(_DTYPES[kind]).view(torch.uint8)
+    numbers = values.cpu().numpy()
+    if kind == "2bit":
+        payload = _encode_codebook(numbers)
+    elif kind == "sign":
+        payload = _encode_sign(numbers)
+    else:
+        noise = np.random.Generator(np.random.Philox(key)) if kind.endswith("_stochastic") else None
+        payload = _encode_blocks(numbers, _is_int8(kind), noise)
+    return torch.from_numpy(payload).to(values.device)
+
+
+def decode_values(payload: Tensor, count: int, kind: ValueKind) -> tuple[Tensor, int]:
+    """The values at the beginning of `payload`, and how many bytes they take there. Safe with hostile bytes.
+
+    Args: payload, uint8, contiguous, maybe longer than the code.
+    Returns: finite values, fp32 (count,), on the payload's device; bytes used.
+    Raises:
+        PayloadError: the payload is too short, a value or scale is not finite, or a code stands for nothing.
+    """
+    used = values_bytes(count, kind)
+    if not 0 <= used <= payload.numel():
+        raise PayloadError(f"{payload.numel()} bytes where {count} {kind} values take {used}")
+    if count == 0:
+        return torch.empty(0, dtype=torch.float32, device=payload.device), 0
+    if kind in _DTYPES:
+        # The clone begins at an address that any dtype can begin at.
+        values = payload[:used].clone().view(_DTYPES[kind]).float()
+        if not values.isfinite().all():
+            raise PayloadError(f"{kind} values that are not finite")
+        return values, used
+    stored = payload[:used].cpu().numpy()
+    if kind == "2bit":
+        numbers = _decode_codebook(stored, count)
+    elif kind == "sign":
+        numbers = _decode_sign(stored, count)
+    else:
+        numbers = _decode_blocks(stored, count, _is_int8(kind))
+    return torch.from_numpy(numbers).to(payload.device), used
+
+
+def _encode_blocks(values: Floats, int8: bool, noise: np.random.Generator | None) -> Bytes:
+    largest = _largest_code(int8)
+    blocks = np.zeros((-(-values.size // BLOCK), BLOCK), dtype=np.float32)
+    blocks.reshape(-1)[: values.size] = values
+    scales = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(largest)
+    scales = np.minimum(scales, _largest_scale(int8))
+    np.divide(blocks, scales[:, None], out=blocks, where=scales[:, None] > 0)
+    blocks[scales == 0] = 0.0
+    if noise is None:
+        np.rint(blocks, out=blocks)
+    else:
+        blocks += noise.random(blocks.shape, dtype=np.float32)
+        np.floor(blocks, out=blocks)
+    np.clip(blocks, -largest, largest, out=blocks)
+    codes = blocks.astype(np.int8).view(np.uint8).reshape(-1)
+    if not int8:
+        codes = np.bitwise_or(codes[0::2] & 0xF, codes[1::2] << 4, dtype=np.uint8)
+    end = values.size if int8 else -(-values.size // 2)
+    return np.concatenate([scales.astype("<f4").view(np.uint8), codes[:end]])
+
+
+def _decode_blocks(stored: Bytes, count: int, int8: bool) -> Floats:
+    blocks = -(-count // BLOCK)
+    scales = stored[: 4 * blocks].view("<f4").astype(np.float32)
+    if not ((scales >= 0) & (scales <= _largest_scale(int8))).all():
+        raise PayloadError("a scale that is negative, too large or not a number")
+    packed = stored[4 * blocks :]
+    if int8:
+        codes = packed.view(np.int8)
+    else:
+        nibbles = np.empty((packed.size, 2), dtype=np.int8)
+        nibbles[:, 0] = packed & 0xF
+        nibbles[:, 1] = packed >> 4
+        codes = ((nibbles ^ 8) - 8).reshape(-1)[:count]
+    if codes.min() < -_largest_code(int8):
+        raise PayloadError(f"the code {codes.min()}, which stands for nothing")
+    values = np.zeros((blocks, BLOCK), dtype=np.float32)
+    values.reshape(-1)[:count] = codes
+    values *= scales[:, None]
+    return values.reshape(-1)[:count]
+
+
+def _encode_codebook(values: Floats) -> Bytes:
+    codebook = _lloyd(np.sort(values[:: -(-values.size // _LLOYD_SAMPLES)]).astype(np.float64))
+    codes = np.zeros(-(-values.size // 4) * 4, dtype=np.uint8)
+    for border in (codebook[1:] + codebook[:-1]) / 2:
+        codes[: values.size] += values > np.float32(border)
+    used = codes[: values.size]
+    counts = np.bincount(used, minlength=4)
+    sums = np.bincount(used, weights=values, minlength=4)
+    np.divide(sums, counts, out=codebook, where=counts > 0)
+    fours = codes.reshape(-1, 4)
+    packed = fours[:, 0] | fours[:, 1] << 2 | fours[:, 2] << 4 | fours[:, 3] << 6
+    return np.concatenate([codebook.astype("<f4").view(np.uint8), packed])
+
+
+def _lloyd(ordered: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Four ascending numbers, each the mean of those of the `ordered` ones that are nearest to it."""
+    sums = np.concatenate([[0.0], np.cumsum(ordered)])
+    codebook: npt.NDArray[np.float64] = ordered[np.array([1, 3, 5, 7]) * ordered.size // 8]
+    ends = np.zeros(0, dtype=np.int64)
+    for _ in range(_LLOYD_ROUNDS):
+        borders = np.searchsorted(ordered, (codebook[1:] + codebook[:-1]) / 2, side="right")
+        previous, ends = ends, np.concatenate([[0], borders, [ordered.size]])
+        if np.array_equal(previous, ends):
+            break
+        counts = np.diff(ends)
+        np.divide(np.diff(sums[ends]), counts, out=codebook, where=counts > 0)
+    return codebook
+
+
+def _decode_codebook(stored: Bytes, count: int) -> Floats:
+    codebook = stored[:16].view("<f4").astype(np.float32)
+    if not np.isfinite(codebook).all():
+        raise PayloadError("a codebook whose numbers are not finite")
+    packed = stored[16:]
+    codes = np.stack([packed & 3, packed >> 2 & 3, packed >> 4 & 3, packed >> 6], axis=1)
+    return codebook[codes.reshape(-1)[:count]]
+
+
+def _encode_sign(values: Floats) -> Bytes:
+    scale = np.abs(values).mean(dtype=np.float64)
+    return np.concatenate([np.array([scale], "<f4").view(np.uint8), np.packbits(values >= 0, bitorder="little")])
+
+
+def _decode_sign(stored: Bytes, count: int) -> Floats:
+    scale = stored[:4].view("<f4").astype(np.float32)
+    if not (np.isfinite(scale[0]) and scale[0] >= 0):
+        raise PayloadError(f"the scale {scale[0]}, which is negative or not finite")
+    positive = np.unpackbits(stored[4:], count=count, bitorder="little")
+    return np.concatenate([-scale, scale])[positive]
+
+
+def _is_int8(kind: ValueKind) -> bool:
+    return kind.startswith("int8")
+
+
+def _largest_code(int8: bool) -> int:
+    return 127 if int8 else 7
+
+
+def _largest_scale(int8: bool) -> np.float32:
+    """A little below what, times the largest code, would overflow."""
+    return np.float32(np.nextafter(np.finfo(np.float32).max / np.float32(_largest_code(int8)), np.float32(0)))
