@@ -39,6 +39,7 @@ class CompressedExchange:
         inner: groups of ranks of the queue that average exactly; see CompressSettings.exact_within.
         clip_norm: largest norm of the true gradient; 0 = no limit.
         scaler: the GradScaler by whose scale the gradients are multiplied.
+        operation: what the exchanges are called on the queue.
         learning_rate: that of a parameter in the present step, by its name.
     """
 
@@ -53,10 +54,12 @@ class CompressedExchange:
         clip_norm: float = 0.0,
         scaler: LossScale | None = None,
         learning_rate: Callable[[str], float] | None = None,
+        operation: str = "compress",
     ) -> None:
         self.settings = settings
         self.clip_norm = clip_norm
         self._queue = queue
+        self._operation = operation
         self._scaler = scaler
         self._buckets = [list(bucket) for bucket in buckets]
         self._gradient_norm = math.nan
@@ -129,24 +132,28 @@ class CompressedExchange:
     def send(self, bucket: Mapping[str, Tensor]) -> None:
         """Exchange one bucket, in place, in the background."""
         number = len(self._under_way)
-        pending = self._queue.submit(f"compress/bucket{number}", partial(self._exchange, bucket))
+        pending = self._queue.submit(f"{self._operation}/bucket{number}", partial(self._exchange, bucket))
         self._under_way.append((list(bucket), pending))
 
     def send_all(self, buckets: Sequence[Mapping[str, Tensor]]) -> None:
         """Exchange all buckets of a step: clipped first if so wished, and joined if they must be."""
         if self.clip_norm:
             gradients = [gradient for bucket in buckets for gradient in bucket.values()]
-            self._queue.submit("compress/norm", partial(self._agree_on_factor, gradients))
+            self._queue.submit(f"{self._operation}/norm", partial(self._agree_on_factor, gradients))
         if self._pipeline.takes_all_at_once:
             given = {name: gradient for bucket in buckets for name, gradient in bucket.items()}
             buckets = [{name: given[name] for name in self._pipeline.shapes if name in given}]
         for bucket in buckets:
             self.send(bucket)
 
-    def finish(self) -> bool:
-        """Wait for all buckets, then keep or forget what the step has changed; returns whether all was finite."""
+    def finish(self, agree: Callable[[bool], bool] = bool) -> bool:
+        """Wait for all buckets, then keep or forget what the step has changed; returns whether all was finite.
+
+        Args:
+            agree: makes of this rank's verdict that of more ranks than the queue joins.
+        """
         submitted, self._under_way = self._under_way, []
-        finite = all([pending.wait() for _, pending in submitted])
+        finite = agree(all([pending.wait() for _, pending in submitted]))
         self._pipeline.end_step(finite)
         self._buckets = [names for names, _ in submitted]
         return finite
