@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from thinwire.comm.compress.compressors.dense import FP16 as FP16
     from thinwire.comm.compress.compressors.dense import Dense as Dense
     from thinwire.comm.compress.compressors.low_rank import LowRank as LowRank
+    from thinwire.comm.compress.compressors.rand_k import RandK as RandK
+    from thinwire.comm.compress.compressors.ternary_cluster import TernaryCluster as TernaryCluster
+    from thinwire.comm.compress.compressors.threshold import Threshold as Threshold
+    from thinwire.comm.compress.compressors.top_k import TopK as TopK
     from thinwire.comm.errors import CommError as CommError
     from thinwire.comm.errors import PeerFailedError as PeerFailedError
     from thinwire.comm.errors import PeerLateError as PeerLateError
@@ -29,6 +33,10 @@ _PUBLIC = {
     "PeerFailedError": "thinwire.comm.errors",
     "PeerLateError": "thinwire.comm.errors",
     "PeerLostError": "thinwire.comm.errors",
+    "RandK": "thinwire.comm.compress.compressors.rand_k",
+    "TernaryCluster": "thinwire.comm.compress.compressors.ternary_cluster",
+    "Threshold": "thinwire.comm.compress.compressors.threshold",
+    "TopK": "thinwire.comm.compress.compressors.top_k",
     "allreduce": "thinwire.comm.allreduce",
     "init": "thinwire.launch.join",
 }

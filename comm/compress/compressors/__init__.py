@@ -9,8 +9,12 @@ from pydantic import BeforeValidator, Field
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors.dense import BF16, FP16, Dense
 from thinwire.comm.compress.compressors.low_rank import LowRank
+from thinwire.comm.compress.compressors.rand_k import RandK
+from thinwire.comm.compress.compressors.ternary_cluster import TernaryCluster
+from thinwire.comm.compress.compressors.threshold import Threshold
+from thinwire.comm.compress.compressors.top_k import TopK
 
-_Each: TypeAlias = Dense | BF16 | FP16 | LowRank
+_Each: TypeAlias = Dense | BF16 | FP16 | TopK | RandK | Threshold | LowRank | TernaryCluster
 _BY_KIND: dict[str, type[Compressor]] = {cls.model_fields["kind"].default: cls for cls in get_args(_Each)}
 
 
