@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from thinwire.kernels import select_on_cpu, select_on_gpu
 
 Selected: TypeAlias = tuple[Tensor, Tensor]
 """Indices, int64 (count,), strictly ascending, and the fp32 values there."""
 
-# Magnitudes are compared as the bits of |x|, which order like |x| and which PyTorch and NumPy treat faster.
-_MAGNITUDE = 0x7FFFFFFF
-_ANY = 1  # the smallest magnitude that is not zero
 _INFINITY = 0x7F800000
-_TILE = 1 << 15  # elements: the magnitudes and the mask stay in the cache of one core
-_FEW = 1 << 13  # so few elements that looking at a sample first saves nothing
-_EXPECTED = 48  # entries of the sample that belong to the k largest
+_SAMPLE = 1 << 13  # entries at least, and 1 % of the tensor
 
 
 def top_k(x: Tensor, k: int) -> Selected:
     """The k entries of largest magnitude; of equal ones those of lower index.
 
     Zeros are never selected: fewer than k come back where fewer are nonzero. NaN counts as larger than infinity.
-    On a CPU the k-th magnitude of a small sample, lowered until it is hardly ever too high, leaves a few candidates
-    in one pass, and only these are partitioned; where it was too high, all entries are.
+    The k-th magnitude of a small sample, lowered until it is hardly ever too high, leaves a few candidates after one
+    pass, and only these are ranked; where it was too high, all entries are. Not differentiable.
 
     Args:
         x: fp32 (numel,), contiguous.
@@ -38,8 +33,8 @@ def top_k(x: Tensor, k: int) -> Selected:
     """
     _check(x)
     _check_k(k, x.numel())
-    values = _numpy(x)
-    return _selected(x, _largest(*_candidates(values, k), k))
+    device = select_on_cpu if x.device.type == "cpu" else select_on_gpu
+    return _with_values(x, device.select_top(x.detach(), k))
 
 
 def select_above(x: Tensor, threshold: float, capacity: int | None = None) -> Selected:
@@ -48,17 +43,17 @@ def select_above(x: Tensor, threshold: float, capacity: int | None = None) -> Se
     Args:
         x: fp32 (numel,), contiguous.
         threshold: 0 or more, rounded to fp32.
-        capacity: the most that may come back; None for no limit. The choice is that of `top_k`.
+        capacity: the most that may come back, chosen as by `top_k`; None for no limit.
 
     Raises:
         ValueError: another dtype, layout, threshold or capacity.
     """
     _check(x)
-    lower = _checked_bits(threshold)
     if capacity is not None:
         _check_k(capacity, x.numel())
-    values = _numpy(x)
-    return _selected(x, _largest(*_above(values, lower), capacity))
+    lower = _bits_of(threshold)
+    device = select_on_cpu if x.device.type == "cpu" else select_on_gpu
+    return _with_values(x, device.select_reaching(x.detach(), lower, capacity))
 
 
 def select_with_feedback(
@@ -71,71 +66,73 @@ def select_with_feedback(
 ) -> Selected:
     """Select from c = gradient + memory, and write next_memory <- c, with zeros where an entry was selected.
 
-    The same as `torch.add`, then `top_k` (with k), `select_above` (with threshold, k being its capacity) and a
-    scatter of zeros, but the sum is read while it is still in the cache. Whoever rounds the values that it sends
-    writes `next_memory[indices] = values - rounded` afterwards.
+    The same as `torch.add`, then `top_k` (with k) or `select_above` (with a threshold; k is then its capacity), then
+    a scatter of zeros, but the sum is examined while it is still in the cache. Whoever rounds the values that it
+    sends writes `next_memory[indices] = values - rounded` afterwards.
 
     Args:
-        gradient, memory, next_memory: fp32 (numel,), contiguous; next_memory shares memory with neither.
-        k, threshold: as above; one of them at least.
+        gradient, memory, next_memory: fp32 (numel,), contiguous; next_memory shares memory with neither of the others.
+        k, threshold: as above; at least one of them.
 
     Raises:
-        ValueError: another dtype, layout, k or threshold, or tensors of different sizes.
+        ValueError: another dtype, layout, k or threshold, tensors of different sizes or devices.
     """
     for tensor in (gradient, memory, next_memory):
         _check(tensor)
-    if not gradient.shape == memory.shape == next_memory.shape:
-        shapes = [tuple(tensor.shape) for tensor in (gradient, memory, next_memory)]
-        raise ValueError(f"threshold_select: gradient, memory and next_memory have shapes {shapes}; make them equal")
+    given = [(tuple(tensor.shape), str(tensor.device)) for tensor in (gradient, memory, next_memory)]
+    if len(set(given)) > 1:
+        raise ValueError(
+            f"threshold_select: gradient, memory and next_memory are {given}; they must have one shape and device"
+        )
     if k is not None:
         _check_k(k, gradient.numel())
-    addends, sums = (_numpy(gradient), _numpy(memory)), _numpy(next_memory)
+    device = select_on_cpu if gradient.device.type == "cpu" else select_on_gpu
+    sums, addends = next_memory.detach(), (gradient.detach(), memory.detach())
     if threshold is not None:
-        candidates = _above(sums, _checked_bits(threshold), addends)
+        indices = device.select_reaching(sums, _bits_of(threshold), k, addends)
     elif k is not None:
-        candidates = _candidates(sums, k, addends)
+        indices = device.select_top(sums, k, addends)
     else:
         raise ValueError("threshold_select: neither k nor threshold is given; give one of them")
-    indices, values = _selected(next_memory, _largest(*candidates, k))
-    sums[indices.numpy()] = 0.0
-    return indices, values
+    selected = _with_values(sums, indices)
+    sums[indices] = 0.0
+    return selected
 
 
 def sampled_threshold(x: Tensor, k: int, key: int) -> float:
-    """A threshold that about k entries reach: at least 0.8 k and at most 1.3 k of them, equal magnitudes permitting.
+    """A threshold that 0.8 k to 1.3 k entries reach, or more where magnitudes are equal.
 
-    Lin, Han, Mao, Wang, Dally (2017), arXiv 1712.01887, estimate it from a sample and then count. As in their code, a
-    threshold that too many or too few entries reach is adapted, at most 10 times, and then made exact: it becomes the
-    k-th largest magnitude. Unlike there, each adaptation takes another rank of the same sample, in proportion to
-    the count, instead of a fixed factor.
+    Lin, Han, Mao, Wang, Dally (2017), arXiv 1712.01887: the k-th largest magnitude is estimated from a sample, and the
+    threshold adapted, at most 10 times, while too many or too few entries reach it. Here an adaptation takes another
+    rank of the same sample, in proportion to the count, where theirs multiplies the threshold by a fixed factor; and
+    if none is accepted, the threshold is the exact k-th magnitude.
 
     Args:
         x: fp32 (numel,), contiguous.
         k: 1 to numel.
-        key: decides where the sample lies.
+        key: 0 or more; decides where the sample lies.
 
-    Returns: the threshold; 0 if x has no more than 0.8 k nonzero entries, so that all of them are selected.
+    Returns: the threshold; 0, which selects all nonzero entries, where these are fewer than 0.8 k.
 
     Raises:
         ValueError: another dtype, layout or k.
     """
     _check(x)
     _check_k(k, x.numel(), least=1)
-    values = _numpy(x)
-    numel = len(values)
-    stride = min(100, numel // _FEW) | 1
-    sample = np.sort(values[key % stride :: stride].view(np.int32) & _MAGNITUDE)[::-1]
+    values, numel = x.detach(), x.numel()
+    device = select_on_cpu if x.device.type == "cpu" else select_on_gpu
+    stride = min(100, numel // _SAMPLE) | 1
+    sample = np.sort(values[key % stride :: stride].cpu().numpy().view(np.int32) & select_on_cpu.MAGNITUDE)[::-1]
     rank = k * len(sample) / numel
     for _ in range(11):
-        lower = max(int(sample[min(max(round(rank) - 1, 0), len(sample) - 1)]), _ANY)
-        count = _count(values, lower)
+        lower = max(int(sample[min(max(round(rank), 1), len(sample)) - 1]), select_on_cpu.ANY)
+        count = device.count_reaching(values, lower)
         if 0.8 * k <= count <= 1.3 * k:
             break
         rank *= k / max(count, 1)
     else:
-        magnitudes = values.view(np.int32) & _MAGNITUDE
-        lower = int(np.partition(magnitudes, numel - k)[numel - k])
-    return float(np.int32(min(lower, _INFINITY)).view(np.float32)) if lower > _ANY else 0.0
+        lower = device.kth_magnitude(values, k)
+    return float(np.int32(min(lower, _INFINITY)).view(np.float32)) if lower > select_on_cpu.ANY else 0.0
 
 
 def top_k_reference(x: Tensor, k: int) -> Selected:
@@ -145,88 +142,14 @@ def top_k_reference(x: Tensor, k: int) -> Selected:
 
 def select_above_reference(x: Tensor, threshold: float, capacity: int | None = None) -> Selected:
     """The definition of `select_above`."""
-    magnitudes = x.view(torch.int32) & _MAGNITUDE
+    magnitudes = x.view(torch.int32) & select_on_cpu.MAGNITUDE
     order = magnitudes.argsort(descending=True, stable=True)[:capacity]
-    indices = order[magnitudes[order] >= _checked_bits(threshold)].sort().values
+    indices = order[magnitudes[order] >= _bits_of(threshold)].sort().values
     return indices, x[indices]
 
 
-_Floats: TypeAlias = npt.NDArray[np.float32]
-_Integers: TypeAlias = npt.NDArray[np.int32]
-_Indices: TypeAlias = npt.NDArray[np.int64]
-
-
-def _candidates(values: _Floats, k: int, addends: tuple[_Floats, _Floats] | None = None) -> tuple[_Indices, _Integers]:
-    """Indices and magnitudes of a superset of the k largest; first fills `values` with the sum of the addends."""
-    numel = len(values)
-    if k > 0 and numel > _FEW and k * 8 <= numel:
-        stride = max(8, k // _EXPECTED) | 1  # odd, so that it walks through all columns of most matrices
-        sample = values[::stride] if addends is None else addends[0][::stride] + addends[1][::stride]
-        expected = k * len(sample) / numel
-        rank = min(len(sample), math.ceil(expected + 3.5 * math.sqrt(expected) + 3))
-        magnitudes = sample.view(np.int32) & _MAGNITUDE
-        lower = int(np.partition(magnitudes, len(sample) - rank)[len(sample) - rank])
-        indices, magnitudes = _above(values, max(lower, _ANY), addends)
-        if len(indices) >= k or lower <= _ANY:
-            return indices, magnitudes
-    elif addends is not None:
-        np.add(*addends, out=values)
-    if k == 0:
-        return np.empty(0, np.int64), np.empty(0, np.int32)
-    magnitudes = values.view(np.int32) & _MAGNITUDE
-    kth = int(np.partition(magnitudes, numel - k)[numel - k])
-    return _above(values, max(kth, _ANY))
-
-
-def _above(values: _Floats, lower: int, addends: tuple[_Floats, _Floats] | None = None) -> tuple[_Indices, _Integers]:
-    """Indices and magnitudes of the entries of at least this magnitude, as `_candidates`."""
-    magnitudes, reached = np.empty(_TILE, np.int32), np.empty(_TILE, np.bool_)
-    indices, kept = [], []
-    for start in range(0, len(values), _TILE):
-        tile = values[start : start + _TILE]
-        size = len(tile)
-        if addends is not None:
-            np.add(addends[0][start : start + size], addends[1][start : start + size], out=tile)
-        np.bitwise_and(tile.view(np.int32), _MAGNITUDE, out=magnitudes[:size])
-        np.greater_equal(magnitudes[:size], lower, out=reached[:size])
-        found = np.flatnonzero(reached[:size])
-        kept.append(magnitudes[found])
-        indices.append(np.add(found, start, out=found))
-    return np.concatenate(indices or [np.empty(0, np.int64)]), np.concatenate(kept or [np.empty(0, np.int32)])
-
-
-def _largest(indices: _Indices, magnitudes: _Integers, k: int | None) -> _Indices:
-    """Of candidates in ascending order, the k of largest magnitude, in ascending order."""
-    count = len(indices)
-    if k is None or count <= k:
-        return indices
-    if k == 0:
-        return indices[:0]
-    kth = int(np.partition(magnitudes, count - k)[count - k])
-    keep = magnitudes > kth
-    ties = np.flatnonzero(magnitudes == kth)
-    keep[ties[: k - np.count_nonzero(keep)]] = True
-    kept: _Indices = indices[keep]
-    return kept
-
-
-def _count(values: _Floats, lower: int) -> int:
-    magnitudes = np.empty(_TILE, np.int32)
-    count = 0
-    for start in range(0, len(values), _TILE):
-        tile = values[start : start + _TILE].view(np.int32)
-        count += int(np.count_nonzero(np.bitwise_and(tile, _MAGNITUDE, out=magnitudes[: len(tile)]) >= lower))
-    return count
-
-
-def _numpy(tensor: Tensor) -> _Floats:
-    array: _Floats = tensor.detach().numpy()
-    return array
-
-
-def _selected(x: Tensor, indices: _Indices) -> Selected:
-    places = torch.from_numpy(indices)
-    return places, torch.from_numpy(_numpy(x)[indices])
+def _with_values(x: Tensor, indices: Tensor) -> Selected:
+    return indices, x.detach()[indices]
 
 
 def _check(x: Tensor) -> None:
@@ -242,7 +165,8 @@ def _check_k(k: int, numel: int, least: int = 0) -> None:
         raise ValueError(f"threshold_select: k is {k}; for {numel} elements it must be {least} to {numel}")
 
 
-def _checked_bits(threshold: float) -> int:
+def _bits_of(threshold: float) -> int:
     if not threshold >= 0:
         raise ValueError(f"threshold_select: threshold is {threshold}; it must be 0 or more")
-    return max(int(np.float32(threshold).view(np.int32)), _ANY)
+    with np.errstate(over="ignore"):  # beyond fp32 is infinity
+        return max(int(np.float32(abs(threshold)).view(np.int32)), select_on_cpu.ANY)
