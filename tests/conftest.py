@@ -3,13 +3,56 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 torch.set_num_threads(1)  # ranks are threads here: more would only wait for each other on two cores
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--mutations",
+        type=int,
+        default=300,
+        metavar="N",
+        help="damaged copies of each payload that decoders get to see",
+    )
+
+
+@pytest.fixture
+def mutations(request: pytest.FixtureRequest) -> Callable[[Tensor], Iterator[Tensor]]:
+    """Makes --mutations damaged copies of a payload, uint8: always the same ones of the same payload."""
+    count: int = request.config.getoption("mutations")
+
+    def damaged(payload: Tensor) -> Iterator[Tensor]:
+        intact = payload.numpy()
+        chance = np.random.default_rng(zlib.crc32(intact.data))
+        for number in range(count):
+            copy = intact.copy()
+            size = copy.size
+            places = chance.integers(0, max(size, 1), int(chance.integers(1, 5)) if size else 0)
+            sort = number % 8
+            if sort < 3:
+                copy[places] ^= np.uint8(1) << chance.integers(0, 8, places.size, dtype=np.uint8)
+            elif sort == 3:
+                copy[places] = chance.choice(np.array([0x00, 0x7F, 0x80, 0xFF], np.uint8), places.size)
+            elif sort == 4:
+                copy[: min(size, 16)] = chance.integers(0, 256, min(size, 16), dtype=np.uint8)
+            elif sort == 5:
+                copy = copy[: int(chance.integers(0, max(size, 1)))]
+            elif sort == 6:
+                copy = np.concatenate([copy, chance.integers(0, 256, int(chance.integers(1, 9)), dtype=np.uint8)])
+            else:
+                copy = chance.integers(0, 256, int(chance.integers(0, 2 * size + 2)), dtype=np.uint8)
+            yield torch.from_numpy(copy)
+
+    return damaged
 
 
 @pytest.fixture(autouse=True)
