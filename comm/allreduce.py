@@ -44,14 +44,15 @@ class AllReduce:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Accept the empty state.
+        """Accept the empty state, of this rank or of any number of ranks.
 
         Raises:
             ValueError: the state is another method's.
         """
-        if state:
+        held = sorted({key for one in state.get("all_ranks", [state]) for key in one})
+        if held:
             raise ValueError(
-                f"method: allreduce keeps no state, but the checkpoint holds {sorted(state)}: it was written by "
+                f"method: allreduce keeps no state, but the checkpoint holds {held}: it was written by "
                 "another method; set `method:` to that one, or start without the checkpoint"
             )
 

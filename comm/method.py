@@ -1,4 +1,4 @@
-"""The five members by which the trainer, the checkpoint and the meter know every method, and one of some methods."""
+"""The five members by which the trainer, the checkpoint and the meter know every method, and those that some have."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ class Method(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what state_dict() gave.
+        """Take back what state_dict() gave on this rank.
+
+        Where the number of ranks has changed since, every rank gets {"all_ranks": [state of old rank 0, of 1, ...]},
+        and makes its own state of them: each method says how.
 
         Raises:
             ValueError: the state is not this method's.
@@ -42,6 +45,25 @@ class LocalMethod(Method, Protocol):
 
     def agreed(self) -> AbstractContextManager[None]:
         """Within this context the model holds weights that are the same on every rank: to evaluate and to keep."""
+        ...
+
+
+@runtime_checkable
+class ClippingMethod(Method, Protocol):
+    """A Method that can clip the true gradient, before it changes it: whoever trains must not clip again then.
+
+    Attributes: clip_norm, the largest norm it lets pass; 0 = it leaves clipping to the trainer.
+    """
+
+    clip_norm: float
+
+
+@runtime_checkable
+class DescribedMethod(Method, Protocol):
+    """A Method that can say what it will do."""
+
+    def describe(self) -> str:
+        """Lines for the start of a run."""
         ...
 
 

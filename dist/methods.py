@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, TypeAlias
 
+from pydantic import Field
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from thinwire.comm.allreduce import AllReduceSettings, allreduce
+from thinwire.comm.compress.door import enter as enter_compress
+from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.method import Method
+from thinwire.dist.mesh import Mesh
 from thinwire.dist.world import World
 
-# A second method makes this Annotated[AllReduceSettings | OtherSettings, Field(discriminator="kind")],
-# and adds one case below.
-MethodSettings: TypeAlias = AllReduceSettings
+MethodSettings: TypeAlias = Annotated[AllReduceSettings | CompressSettings, Field(discriminator="kind")]
 
 
-def attach(settings: MethodSettings, *, model: DistributedDataParallel, optimizer: Optimizer, world: World) -> Method:
-    """Let the configured method into the training run by its own door, and return its handle."""
+def attach(
+    settings: MethodSettings,
+    *,
+    model: DistributedDataParallel,
+    optimizer: Optimizer,
+    world: World,
+    clip_norm: float = 0.0,
+) -> Method:
+    """Let the configured method into the training run by its own door, and return its handle.
+
+    Args:
+        clip_norm: largest norm of the gradient, for a method that clips before it compresses; 0 = no limit.
+    """
     match settings:
         case AllReduceSettings():
             return allreduce(model, dtype=settings.dtype, queue=world.queue)
+        case CompressSettings():
+            return enter_compress(
+                model,
+                settings,
+                inner=_groups(world.mesh, settings.exact_within),
+                clip_norm=clip_norm if settings.clip == "before" else 0.0,
+                optimizer=optimizer,
+                queue=world.queue,
+            )
+
+
+def _groups(mesh: Mesh, level: str | None) -> Sequence[Sequence[int]] | None:
+    """The groups of a level, for method.exact_within; None where each rank is a group of its own."""
+    if level is None:
+        return None
+    try:
+        size = mesh.level(level).size
+    except ValueError as error:
+        raise ValueError(f"method.exact_within: {error}; name one of them, or give null") from None
+    if size == mesh.world_size > 1:
+        raise ValueError(
+            f"method.exact_within: {level} holds all {size} ranks, so nothing would be compressed; name a faster "
+            "level, give null, or method: {kind: allreduce}"
+        )
+    return mesh.groups(level) if size > 1 else None

@@ -48,10 +48,11 @@ class RunState:
         self._facts = {"settings": dict(facts)}
         self.step = 0
         self.resumed = ""
+        self._rank = world.rank
         self._checkpoints = Checkpointer(
             folder / CHECKPOINTS, settings, group=world.group, rank=world.rank, world_size=world.size
         )
-        loaded = self._checkpoints.load_latest(self._shared())
+        loaded = self._load_latest(self._checkpoints)
         if loaded is not None:
             check_same_run(loaded.facts["settings"], facts, loaded.path)
         elif settings.resume not in ("auto", "never"):
@@ -71,7 +72,7 @@ class RunState:
         checkpoints = Checkpointer(
             source, settings, group=world.group, rank=world.rank, world_size=world.size, read_only=True
         )
-        loaded = checkpoints.load_latest(self._shared())
+        loaded = self._load_latest(checkpoints)
         assert loaded is not None  # read-only, no checkpoint is an error
         saved, present = loaded.facts["settings"].get("optimizer.kind"), self._facts["settings"]["optimizer.kind"]
         if saved != present:
@@ -81,21 +82,36 @@ class RunState:
             )
         return loaded
 
+    def _load_latest(self, checkpoints: Checkpointer) -> Loaded | None:
+        # A model of each rank's own has no owner among other ranks.
+        refused = isinstance(self._method, LocalMethod)
+        return checkpoints.load_latest(self._shared(), world_size_changed="refuse" if refused else "all_ranks")
+
     def _restore(self, loaded: Loaded) -> None:
-        assert loaded.per_rank is not None  # another number of ranks was refused
-        self._method.load_state_dict(loaded.per_rank["method"])  # first: it knows a state that another method wrote
-        trained = loaded.per_rank if isinstance(self._method, LocalMethod) else loaded.shared
+        old = loaded.per_rank_of_all
+        method = (
+            loaded.per_rank["method"] if loaded.per_rank else {"all_ranks": [old[r]["method"] for r in sorted(old)]}
+        )
+        self._method.load_state_dict(method)  # first: it knows a state that another method wrote
+        own = loaded.per_rank or old.get(self._rank)
+        if isinstance(self._method, LocalMethod):
+            assert loaded.per_rank is not None  # another number of ranks was refused
+            trained: Mapping[str, Any] = loaded.per_rank
+        else:
+            trained = loaded.shared
         self._model.load_state_dict(trained["model"])
         options = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(trained["optimizer"])
         for group, present in zip(self._optimizer.param_groups, options, strict=True):
             group.update(present)  # torch would go on with the checkpoint's, whatever the configuration says
-        torch.set_rng_state(loaded.per_rank["random"]["cpu"])
-        if "cuda" in loaded.per_rank["random"] and self._device.type == "cuda":
-            torch.cuda.set_rng_state(loaded.per_rank["random"]["cuda"], self._device)
+        if own is not None:  # a rank that is new keeps the generators that it was started with
+            torch.set_rng_state(own["random"]["cpu"])
+            if "cuda" in own["random"] and self._device.type == "cuda":
+                torch.cuda.set_rng_state(own["random"]["cuda"], self._device)
         self.step = loaded.step
         passed_over = "".join(f"\n  passed over {text}" for text in loaded.refused)
-        self.resumed = f"continues from {loaded.path} after {loaded.step} steps{passed_over}"
+        changed = "" if loaded.per_rank else f", with the states of {loaded.world_size} ranks merged"
+        self.resumed = f"continues from {loaded.path} after {loaded.step} steps{changed}{passed_over}"
 
     def _shared(self) -> dict[str, Any]:
         optimizer = {} if isinstance(self._method, LocalMethod) else self._optimizer.state_dict()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from thinwire.comm.method import LocalMethod, agreed_weights
+from thinwire.comm.method import ClippingMethod, DescribedMethod, LocalMethod, agreed_weights
 from thinwire.comm.settings import Settings
 from thinwire.dist.data import Data, shard
 from thinwire.dist.engine.ddp import wrap_ddp
@@ -46,7 +46,8 @@ class TrainSettings(Settings):
     global_batch: sequences per step, over all ranks; so the training does not depend on how many they are.
     micro_batch: sequences that one rank computes at once; "auto" = its whole share of the global batch.
     precision: "bf16" computes in bf16 where that is sound (autocast) and keeps weights and optimizer in fp32.
-    clip_norm: largest norm of the averaged gradient; 0 = no limit.
+    clip_norm: largest norm of the averaged gradient; 0 = no limit. Method compress clips each rank's own gradient
+      instead, before it compresses it, so that sqrt(mean_r ||g_r||^2) is no more than this; see its setting `clip`.
     eval_every: steps between evaluations; 0 = only after the last step.
     eval_windows: validation windows to score, or all; 0 = no evaluation. eval_batch: how many at once.
     """
@@ -133,7 +134,12 @@ class Trainer:
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model = wrap_ddp(model, config.engine, world.group)
         self.optimizer = build_optimizer(config.optimizer, model)
-        self.method = attach(config.method, model=self.model, optimizer=self.optimizer, world=world)
+        clip_norm = config.train.clip_norm
+        self.method = attach(
+            config.method, model=self.model, optimizer=self.optimizer, world=world, clip_norm=clip_norm
+        )
+        clipped = isinstance(self.method, ClippingMethod) and bool(self.method.clip_norm)
+        self._clip_norm = 0.0 if clipped else clip_norm
         facts = numeric_settings(resolved) | self.data.fingerprint
         self.state = RunState(model, self.optimizer, self.method, world, config.folder, config.checkpoint, facts)
         self._reports = StepReports(world.queue)
@@ -156,6 +162,7 @@ class Trainer:
                 f"{train.steps} steps of {train.global_batch} sequences ({tokens:,} tokens): "
                 f"{self.micro_batches} x {self.micro_batch} on each rank",
                 f"method {method.kind}: each step, this rank sends {sends}",
+                *([self.method.describe()] if isinstance(self.method, DescribedMethod) else []),
                 *([self.state.resumed] if self.state.resumed else []),
                 *(["nothing is left to do"] if self.state.step >= train.steps else []),
             )
@@ -251,11 +258,11 @@ class Trainer:
         return total
 
     def _clip(self) -> float:
-        """Scale the averaged gradient down to train.clip_norm; returns its norm before."""
+        """Scale the averaged gradient down to train.clip_norm, unless the method has; returns its norm before."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.config.train.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.train.clip_norm, norm)
+        if self._clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_norm, norm)
         return float(norm)
 
     def _publish(self) -> None:

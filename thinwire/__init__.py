@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from thinwire.comm.compress.compressors.ternary_cluster import TernaryCluster as TernaryCluster
     from thinwire.comm.compress.compressors.threshold import Threshold as Threshold
     from thinwire.comm.compress.compressors.top_k import TopK as TopK
+    from thinwire.comm.compress.door import compress as compress
+    from thinwire.comm.compress.standalone import CompressedMean as CompressedMean
     from thinwire.comm.errors import CommError as CommError
     from thinwire.comm.errors import PeerFailedError as PeerFailedError
     from thinwire.comm.errors import PeerLateError as PeerLateError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BF16": "thinwire.comm.compress.compressors.dense",
     "CommError": "thinwire.comm.errors",
+    "CompressedMean": "thinwire.comm.compress.standalone",
     "Dense": "thinwire.comm.compress.compressors.dense",
     "FP16": "thinwire.comm.compress.compressors.dense",
     "LowRank": "thinwire.comm.compress.compressors.low_rank",
@@ -38,6 +41,7 @@ _PUBLIC = {
     "Threshold": "thinwire.comm.compress.compressors.threshold",
     "TopK": "thinwire.comm.compress.compressors.top_k",
     "allreduce": "thinwire.comm.allreduce",
+    "compress": "thinwire.comm.compress.door",
     "init": "thinwire.launch.join",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -28,7 +29,7 @@ class LossScale(Protocol):
     def get_scale(self) -> float: ...
 
 
-class CompressedExchange:
+class CompressedExchange(ABC):
     """A comm.method.Method without a door: doors say when buckets are complete, and call begin(), send() and finish().
 
     Args:
@@ -94,7 +95,7 @@ class CompressedExchange:
                 "`method:` to the one that wrote it, or start without the checkpoint"
             )
         if "all_ranks" in state:
-            self._pipeline.load_states_of_all_ranks(states)
+            self._pipeline.load_states_of_all_ranks(states, self._queue.rank, self._queue.size)
         else:
             self._pipeline.load_state_dict(state)
 
@@ -121,6 +122,10 @@ class CompressedExchange:
     def describe(self) -> str:
         """A table: for each tensor the codec, its bytes dense and sent, and why."""
         return describe_routes(self._pipeline.shapes, self._pipeline.routes)
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Leave the trainer as it was before the method entered."""
 
     def begin(self) -> None:
         """Before the first bucket of a step; what an interrupted step has left is forgotten."""
@@ -154,6 +159,7 @@ class CompressedExchange:
         """
         submitted, self._under_way = self._under_way, []
         finite = agree(all([pending.wait() for _, pending in submitted]))
+        finite = finite if agree is None else agree(finite)
         self._pipeline.end_step(finite)
         self._buckets = [names for names, _ in submitted]
         return finite

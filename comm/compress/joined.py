@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from thinwire.comm.channel import Channel
 from thinwire.comm.compress.collective import Collective, Job
@@ -59,6 +60,12 @@ class Joined:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.inner.load_state_dict(state)
+
+    def merge(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+        return self.inner.merge(states, rank, size)
+
+    def surrendered(self) -> list[tuple[str, int, Tensor]]:
+        return self.inner.surrendered()
 
 
 def split_decoded(decoded: Decoded, sizes: Sequence[int]) -> list[Decoded]:

@@ -110,6 +110,9 @@ class Pipeline:
                 one.commit()
             else:
                 one.rollback()
+        for _, collective in self._collectives.values():
+            for name, offset, error in collective.surrendered():
+                self.feedback.give_back(name, offset, error)
 
     def sent_bytes(self, buckets: Iterable[Sequence[str]], rank: int, size: int) -> dict[int, int]:
         """Payload bytes that `rank` sends in a step with these buckets, by receiver: of the last step, or expected."""
@@ -148,25 +151,32 @@ class Pipeline:
         Raises:
             ValueError: it was saved with another compressor or feedback.
         """
-        collectives = self._collectives_of(state)
-        self.feedback.load_state_dict(state["feedback"])
-        for final, saved in collectives.items():
-            present = type(final).model_validate_json(saved["compressor"])
-            self._collectives[final] = present, self._build(present)
-            self._collectives[final][1].load_state_dict(saved["state"])
-        self.steps = state["steps"]
+        self._load(state, {final: saved["state"] for final, saved in self._collectives_of(state).items()})
 
-    def load_states_of_all_ranks(self, states: Sequence[Mapping[str, Any]]) -> None:
+    def load_states_of_all_ranks(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> None:
         """Begin with the mean of the memories of all ranks of a group of another size.
 
         Args:
             states: what state_dict() gave on each of them, in rank order.
+            rank, size: of this rank, and its group.
         Raises:
             ValueError: as load_state_dict().
         """
-        self._collectives_of(states[0])
-        self.feedback.load_state_dict(self.feedback.merge([state["feedback"] for state in states]))
-        self.steps = states[0]["steps"]
+        old = [self._collectives_of(state) for state in states]
+        merged = {
+            final: collective.merge([saved[final]["state"] for saved in old], rank, size)
+            for final, (_, collective) in self._collectives.items()
+        }
+        feedback = self.feedback.merge([state["feedback"] for state in states])
+        self._load({**states[0], "feedback": feedback}, merged)
+
+    def _load(self, state: Mapping[str, Any], collectives: Mapping[Compressor, Mapping[str, Any]]) -> None:
+        self.feedback.load_state_dict(state["feedback"])
+        for final, saved in self._collectives_of(state).items():
+            present = type(final).model_validate_json(saved["compressor"])
+            self._collectives[final] = present, self._build(present)
+            self._collectives[final][1].load_state_dict(collectives[final])
+        self.steps = state["steps"]
 
     def _collectives_of(self, state: Mapping[str, Any]) -> dict[Compressor, Mapping[str, Any]]:
         by_label = {_label(final): final for final in self._collectives}
