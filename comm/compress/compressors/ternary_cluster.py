@@ -16,7 +16,7 @@ from thinwire.comm.compress.decoded import Sparse
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.compress.index_code import decode_indices, encode_indices
 from thinwire.comm.wire import PayloadError
-from thinwire.kernels.bit_pack import WIDEST, pack_bits, unpack_bits
+from thinwire.kernels.bit_pack import WIDEST, pack_bits, packed_bytes, unpack_bits
 from thinwire.kernels.threshold_select import top_k
 
 _DENSE, _HUFFMAN, _POSITIONS, _GAPS = range(4)
@@ -65,15 +65,18 @@ class TernaryCluster(Compressor):
         indices, values = top_k(flat, kept_count(self.density, None, numel))
         negative, positive, kept = _centres(values)
         indices, is_positive = indices[kept], values[kept] > 0
-        signs = pack_bits(is_positive, 1)
-        written = {
-            _HUFFMAN: _write_huffman(indices, is_positive, numel),
-            _GAPS: (0, signs, encode_indices(indices, numel)),
-        }
-        if (width := _width(numel)) <= WIDEST:
-            written[_POSITIONS] = (0, signs, pack_bits(indices, width))
-        form = min(written, key=lambda form: (len(written[form][1]) + len(written[form][2]), form))
-        common, *parts = written[form]
+        plus = int(is_positive.sum())
+        common, huffman_bytes = _plan_huffman(numel - len(indices), len(indices) - plus, plus)
+        signs, gaps = pack_bits(is_positive, 1), encode_indices(indices, numel)
+        width = _width(numel)
+        sizes = {_HUFFMAN: huffman_bytes, _GAPS: len(signs) + len(gaps)}
+        if width <= WIDEST:
+            sizes[_POSITIONS] = len(signs) + packed_bytes(len(indices), width)
+        form = min(sizes, key=lambda form: (sizes[form], form))
+        if form == _HUFFMAN:
+            parts = _write_huffman(indices, is_positive, numel, common)
+        else:
+            common, parts = 0, (signs, gaps if form == _GAPS else pack_bits(indices, width))
         head = torch.tensor([form, common, 0, 0], dtype=torch.uint8)
         count = torch.from_numpy(np.array([len(indices)], dtype="<u4").view(np.uint8))
         centres = torch.tensor([negative, positive], dtype=torch.float32)
@@ -136,12 +139,17 @@ def _width(numel: int) -> int:
     return max((numel - 1).bit_length(), 1)
 
 
-def _write_huffman(indices: Tensor, is_positive: Tensor, numel: int) -> tuple[int, Tensor, Tensor]:
+def _plan_huffman(*counts: int) -> tuple[int, int]:
+    """The symbol that has one bit while the others have two, and the bytes of both planes."""
+    common = max(range(3), key=lambda symbol: (counts[symbol], -symbol))
+    return common, packed_bytes(sum(counts), 1) + packed_bytes(sum(counts) - counts[common], 1)
+
+
+def _write_huffman(indices: Tensor, is_positive: Tensor, numel: int, common: int) -> tuple[Tensor, Tensor]:
     symbols = torch.zeros(numel, dtype=torch.uint8, device=indices.device)
     symbols[indices] = is_positive.to(torch.uint8) + 1
-    common = int(torch.bincount(symbols, minlength=3).argmax())
     others = symbols[symbols != common]
-    return common, pack_bits(symbols != common, 1), pack_bits(others == _others(common)[1], 1)
+    return pack_bits(symbols != common, 1), pack_bits(others == _others(common)[1], 1)
 
 
 def _read_huffman(body: Tensor, numel: int, common: int) -> tuple[Tensor, Tensor]:
