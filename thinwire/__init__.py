@@ -9,20 +9,27 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from thinwire.comm.allreduce import allreduce as allreduce
+    from thinwire.comm.compress.compressors.block_quantized import Int4 as Int4
+    from thinwire.comm.compress.compressors.block_quantized import Int8 as Int8
+    from thinwire.comm.compress.compressors.block_quantized import Ternary as Ternary
     from thinwire.comm.compress.compressors.dense import BF16 as BF16
     from thinwire.comm.compress.compressors.dense import FP16 as FP16
     from thinwire.comm.compress.compressors.dense import Dense as Dense
     from thinwire.comm.compress.compressors.low_rank import LowRank as LowRank
+    from thinwire.comm.compress.compressors.natural import Natural as Natural
     from thinwire.comm.compress.compressors.rand_k import RandK as RandK
+    from thinwire.comm.compress.compressors.sign import Sign as Sign
     from thinwire.comm.compress.compressors.ternary_cluster import TernaryCluster as TernaryCluster
     from thinwire.comm.compress.compressors.threshold import Threshold as Threshold
     from thinwire.comm.compress.compressors.top_k import TopK as TopK
     from thinwire.comm.compress.door import compress as compress
     from thinwire.comm.compress.standalone import CompressedMean as CompressedMean
     from thinwire.comm.errors import CommError as CommError
+    from thinwire.comm.errors import NonFiniteWeightsError as NonFiniteWeightsError
     from thinwire.comm.errors import PeerFailedError as PeerFailedError
     from thinwire.comm.errors import PeerLateError as PeerLateError
     from thinwire.comm.errors import PeerLostError as PeerLostError
+    from thinwire.comm.local_sgd.door import local_sgd as local_sgd
     from thinwire.launch.join import init as init
 
 # Name -> module that defines it. Nothing here imports torch until the name is used.
@@ -32,17 +39,24 @@ _PUBLIC = {
     "CompressedMean": "thinwire.comm.compress.standalone",
     "Dense": "thinwire.comm.compress.compressors.dense",
     "FP16": "thinwire.comm.compress.compressors.dense",
+    "Int4": "thinwire.comm.compress.compressors.block_quantized",
+    "Int8": "thinwire.comm.compress.compressors.block_quantized",
     "LowRank": "thinwire.comm.compress.compressors.low_rank",
+    "Natural": "thinwire.comm.compress.compressors.natural",
+    "NonFiniteWeightsError": "thinwire.comm.errors",
     "PeerFailedError": "thinwire.comm.errors",
     "PeerLateError": "thinwire.comm.errors",
     "PeerLostError": "thinwire.comm.errors",
     "RandK": "thinwire.comm.compress.compressors.rand_k",
+    "Sign": "thinwire.comm.compress.compressors.sign",
+    "Ternary": "thinwire.comm.compress.compressors.block_quantized",
     "TernaryCluster": "thinwire.comm.compress.compressors.ternary_cluster",
     "Threshold": "thinwire.comm.compress.compressors.threshold",
     "TopK": "thinwire.comm.compress.compressors.top_k",
     "allreduce": "thinwire.comm.allreduce",
     "compress": "thinwire.comm.compress.door",
     "init": "thinwire.launch.join",
+    "local_sgd": "thinwire.comm.local_sgd.door",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

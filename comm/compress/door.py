@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.ddp import CompressedDDP, check_ddp
 from thinwire.comm.compress.feedback import FeedbackSettings
 from thinwire.comm.compress.feedback.dgc import DGC
+from thinwire.comm.compress.fsdp2 import CompressedFSDP, check_fsdp2
 from thinwire.comm.compress.handle import CompressedExchange, LossScale
 from thinwire.comm.compress.settings import CompressSettings, make_settings
 from thinwire.comm.queue import CommQueue, open_queue
@@ -48,7 +50,10 @@ def compress(
     rank's gradients are, in places, and no memory has changed: a GradScaler then skips the step on every rank.
 
     Args:
-        model: wrapped in DistributedDataParallel.
+        model: wrapped in DistributedDataParallel; or by fully_shard() on the 1-D mesh of the fast domain. FSDP2 then
+            averages inside that, exactly, and each rank's shard of the gradient is compressed on its way to the ranks
+            that hold the same shard elsewhere, with 1/mesh size of the memory. Backward waits for each module's
+            exchange. set_requires_gradient_sync(False) and set_requires_all_reduce(False) accumulate without sending.
         compressor: settings, such as TopK(density=0.01, values="int8"), a mapping with `kind`, or the name of a kind.
         feedback: settings, a mapping with `kind`, or a name: "none", "ef", "ef21", "ef21_sgdm", "dgc", ...
         collective: "auto", "two_shot", "all_gather", "leader_indices" or "balanced".
@@ -62,8 +67,9 @@ def compress(
         scaler: the GradScaler whose scale() multiplies the loss: the memory is then kept without its factor.
         optimizer: read, never changed: its learning rate for feedback EF(units="update"), its momentum to refuse it
             beside that of "dgc".
-        queue: CommQueue over the ranks of the model's process group; default: a new one over `group`.
-        group: the ranks when no queue is given; default: all.
+        queue: CommQueue over the ranks of the model's process group, or, for fully_shard, over those that hold the
+            same shard; default: a new one over `group`.
+        group: the ranks when no queue is given; default: all; for fully_shard, one of the two must be given.
         timeout_s: deadline of one bucket when no queue is given, in seconds.
     Returns: the handle, a comm.method.Method; describe() says for each tensor what is sent and why.
     Raises:
@@ -124,10 +130,30 @@ def enter(
                 scaler=scaler,
                 optimizer=optimizer,
             )
+        case FSDPModule():
+            check_fsdp2(model)
+            if clip_norm:
+                raise ValueError(
+                    f"clip_norm: {clip_norm} needs all gradients before the first is sent, and FSDP2 frees those of a "
+                    "module before it computes the next ones; leave it out, and clip after backward"
+                )
+            if queue is None and group is None:
+                raise ValueError(
+                    "group: give the ranks that hold the same shard, one of each host, such as "
+                    'mesh["hosts"].get_group(), or a CommQueue over them'
+                )
+            return CompressedFSDP(
+                model,
+                settings,
+                queue or open_queue(group, timeout_s=timeout_s),
+                inner=inner,
+                scaler=scaler,
+                optimizer=optimizer,
+            )
         case _:
             raise ValueError(
                 f"model: expected a torch.nn.parallel.DistributedDataParallel, got {type(model).__name__}; wrap the "
-                "model first: DistributedDataParallel(model)"
+                "model first: DistributedDataParallel(model), or fully_shard(model) inside the fast domain"
             )
 
 

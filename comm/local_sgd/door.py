@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,8 +18,8 @@ from thinwire.comm.compress.collectives import CollectiveKind
 from thinwire.comm.compress.compressors import AnyCompressor
 from thinwire.comm.compress.compressors.dense import Dense
 from thinwire.comm.compress.feedback import AnyFeedback, NoFeedback
-from thinwire.comm.compress.handle import CompressedExchange
 from thinwire.comm.compress.settings import CompressSettings
+from thinwire.comm.local_sgd.exchange import RoundExchange
 from thinwire.comm.local_sgd.handle import LocalSGD
 from thinwire.comm.local_sgd.outer import AverageSettings, Outer, OuterSettings
 from thinwire.comm.queue import CommQueue, open_queue
@@ -147,15 +146,13 @@ def local_sgd(
     silenced = wrapped if wrapped is not None and _covers(wrapped, queue) else None
     check_same_weights(parameters, queue, method="local_sgd")
     shapes = {name: p.shape for name, p in parameters.items()}
-    buckets = _buckets(shapes, settings.bucket_mb * 1e6)
     plain = isinstance(settings.compressor, Dense) and isinstance(settings.feedback, NoFeedback)
     averaging = isinstance(settings.outer, AverageSettings)
     return LocalSGD(
         module,
         optimizer,
-        CompressedExchange(settings.compression(), shapes, queue, buckets=buckets, operation="local_sgd"),
+        RoundExchange(settings.compression(), shapes, queue, settings.bucket_mb * 1e6),
         None if plain and averaging else Outer(settings.outer),
-        buckets=buckets,
         every=settings.every,
         queue=queue,
         silenced=silenced,
@@ -206,16 +203,3 @@ def _covers(model: DistributedDataParallel, queue: CommQueue) -> bool:
         f"{name_ranks(sorted(ranks & set(queue.peers)))} shall train apart, as part of {name_ranks(queue.peers)}; give "
         "both the same ranks, or let them share this rank only"
     )
-
-
-def _buckets(shapes: Mapping[str, torch.Size], bucket_bytes: float) -> list[list[str]]:
-    """The names in their order, in groups of about bucket_bytes of fp32."""
-    buckets: list[list[str]] = []
-    held = math.inf
-    for name, shape in shapes.items():
-        if held >= bucket_bytes:
-            buckets.append([])
-            held = 0
-        buckets[-1].append(name)
-        held += 4 * shape.numel()
-    return buckets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from thinwire.comm.compress.handle import CompressedExchange
 from thinwire.comm.errors import NonFiniteWeightsError
+from thinwire.comm.local_sgd.exchange import RoundExchange
 from thinwire.comm.local_sgd.outer import Outer
 from thinwire.comm.local_sgd.statistics import Statistics
 from thinwire.comm.queue import CommQueue
@@ -28,7 +28,6 @@ class LocalSGD:
     Args:
         model: what is trained, without a wrapper.
         exchange: takes the mean over the ranks, and remembers what the compressor left out.
-        buckets: names of the parameters that are exchanged together.
         outer: makes the next theta from the mean of theta - theta_r; None: the mean of theta_r itself is the next one.
         every: optimizer steps of a round.
         silenced: the DDP module that shall leave gradients local, if any.
@@ -38,16 +37,14 @@ class LocalSGD:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        exchange: CompressedExchange,
+        exchange: RoundExchange,
         outer: Outer | None,
         *,
-        buckets: Sequence[Sequence[str]],
         every: int,
         queue: CommQueue,
         silenced: DistributedDataParallel | None,
     ) -> None:
         self._exchange = exchange
-        self._buckets = buckets
         self._outer = outer
         self._every = every
         self._queue = queue
@@ -173,7 +170,7 @@ class LocalSGD:
             for name, value in values.items():
                 # From theta as the model held it: rounding it to the model's dtype is not a step that a rank has taken.
                 torch.sub(self._theta[name].to(self._parameters[name].dtype), value, out=value)
-        if not (self._statistics.average(self._queue) and self._take_mean(values)):
+        if not (self._statistics.average(self._queue) and self._exchange.mean(values)):
             self._refuse_round()
         if self._outer is None:
             changes = [value.sub(self._theta[name]) for name, value in values.items()]
@@ -190,12 +187,6 @@ class LocalSGD:
         self._step_of_round = 0
         self._memory_norms = None
         self._predicted = self._bytes_of_exchange()
-
-    def _take_mean(self, values: Mapping[str, Tensor]) -> bool:
-        """values <- 1/n sum_r C(values_r); False, and nothing is remembered, if any is not finite."""
-        self._exchange.begin()
-        self._exchange.send_all([{name: values[name] for name in names} for names in self._buckets])
-        return self._exchange.finish()
 
     def _refuse_round(self) -> NoReturn:
         held = [*self._parameters.values(), *self._statistics.live.values()]
