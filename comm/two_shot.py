@@ -31,24 +31,38 @@ class TwoShotMean:
 
     def __call__(self, channel: Channel, tensor: Tensor) -> None:
         """Replace the flat, contiguous `tensor` by the mean over the ranks. Not reentrant."""
-        rank, size = channel.rank, channel.size
-        splits = split_evenly(tensor.numel(), size)
-        own = splits[rank]
         cast = tensor.dtype != self.wire_dtype
         payload = self._take("payload", tensor.numel(), tensor.device).copy_(tensor) if cast else tensor
-        received = self._take("received", size * own, tensor.device)
-        in_rounds = is_worth_rounds(tensor.numel() // size * self.wire_dtype.itemsize)
-        channel.all_to_all(received, payload, [own] * size, splits, in_rounds=in_rounds)
-        reduced = self._take("reduced", own, tensor.device)
-        cast_reduce(received.view(size, own), scale=1.0 / size, out=reduced)
-        channel.all_gather(payload, reduced, splits, in_rounds=in_rounds)
+        self.gather(channel, payload, self.reduce(channel, payload))
         if cast:
             tensor.copy_(payload)
+
+    def reduce(self, channel: Channel, payload: Tensor) -> Tensor:
+        """The first shot: the mean of this rank's slice. Valid until the next call.
+
+        Args:
+            payload: flat, contiguous and of the wire's dtype; its slices are those of split_evenly().
+        """
+        splits = split_evenly(payload.numel(), channel.size)
+        own = splits[channel.rank]
+        received = self._take("received", channel.size * own, payload.device)
+        in_rounds = self._in_rounds(payload, channel)
+        channel.all_to_all(received, payload, [own] * channel.size, splits, in_rounds=in_rounds)
+        reduced = self._take("reduced", own, payload.device)
+        return cast_reduce(received.view(channel.size, own), scale=1.0 / channel.size, out=reduced)
+
+    def gather(self, channel: Channel, out: Tensor, reduced: Tensor) -> None:
+        """The second shot: fill `out`, flat and contiguous, with every rank's slice."""
+        splits = split_evenly(out.numel(), channel.size)
+        channel.all_gather(out, reduced, splits, in_rounds=self._in_rounds(out, channel))
 
     def sent_bytes(self, numel: int, rank: int, size: int) -> dict[int, int]:
         """Payload bytes that `rank` sends for a tensor of `numel` elements, by receiving rank."""
         splits = split_evenly(numel, size)
         return {r: (splits[r] + splits[rank]) * self.wire_dtype.itemsize for r in range(size) if r != rank}
+
+    def _in_rounds(self, payload: Tensor, channel: Channel) -> bool:
+        return is_worth_rounds(payload.numel() // channel.size * self.wire_dtype.itemsize)
 
     def _take(self, use: str, numel: int, device: torch.device) -> Tensor:
         """Scratch for one use, kept between calls: fresh pages would cost more than the reduction."""

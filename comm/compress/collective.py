@@ -80,3 +80,10 @@ class Collective(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def merge(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+        """From the states of all old ranks, in rank order: that of `rank` in a group of another `size`.
+
+        Follow with load_state_dict(). Nothing is lost: what this rank cannot keep, the next step surrenders.
+        """
+        ...

@@ -104,6 +104,10 @@ class AllGather:
         """Accept the empty state."""
         assert not state
 
+    def merge(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
     def _exchange_lengths(
         self, channel: Channel, own: int, slot: Tensor, shapes: Sequence[torch.Size], absent: Sequence[bool]
     ) -> list[int]:

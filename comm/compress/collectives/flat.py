@@ -30,8 +30,13 @@ def split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(flat.split([x.numel() for x in tensors]))
 
 
+def shaped_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """split_like(), each part in the shape of its tensor."""
+    return [part.view(x.shape) for part, x in zip(split_like(flat, tensors), tensors, strict=True)]
+
+
 def copy_back(flat: Tensor, tensors: Sequence[Tensor]) -> None:
     """Write the parts of `flat` into the tensors, unless it is a view of them."""
-    for part, x in zip(split_like(flat, tensors), tensors, strict=True):
+    for part, x in zip(shaped_like(flat, tensors), tensors, strict=True):
         if part.data_ptr() != x.data_ptr():
-            x.copy_(part.view_as(x))
+            x.copy_(part)

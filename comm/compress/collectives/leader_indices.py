@@ -141,6 +141,10 @@ class LeaderIndices:
         """Accept the empty state."""
         assert not state
 
+    def merge(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
     def _agree_on_places(
         self, channel: Channel, job: Job, tensors: Sequence[Tensor], finite: bool
     ) -> list[Tensor] | None:

@@ -74,6 +74,15 @@ class OwnerErrors:
             name: [(int(offset), piece.clone()) for offset, piece in pieces.items()] for name, pieces in state.items()
         }
 
+    @staticmethod
+    def union(states: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+        """One state with the pieces of several ranks, which do not overlap."""
+        merged: dict[str, dict[str, Any]] = {}
+        for state in states:
+            for name, pieces in state.items():
+                merged.setdefault(name, {}).update(pieces)
+        return merged
+
 
 def _cut(pieces: _Pieces, begin: int, end: int, like: Tensor) -> tuple[Tensor, _Pieces]:
     """The error in [begin, end), zero where nothing is kept, and the pieces outside."""

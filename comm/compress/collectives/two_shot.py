@@ -138,6 +138,12 @@ class TwoShot:
         if self._errors is not None:
             self._errors.load_state_dict(state["errors"])
 
+    def merge(self, states: Sequence[Mapping[str, Any]], rank: int, size: int) -> dict[str, Any]:
+        """As in Collective: the new ranks share the pieces of the old ones, and surrender what they do not own."""
+        if self._errors is None:
+            return {}
+        return {"errors": OwnerErrors.union([state["errors"] for state in states[rank::size]])}
+
     def _to_owners(
         self,
         channel: Channel,
