@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from thinwire.comm.settings import Settings
 from thinwire.dist.checkpoint import CheckpointSettings
@@ -47,6 +47,18 @@ class RunConfig(Settings):
     mesh: MeshSettings = MeshSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="after")
+    def _ends_with_a_round(self) -> RunConfig:
+        steps, every = self.train.steps, getattr(self.method, "every", 1)
+        if steps % every:
+            below = steps // every * every
+            legal = " or ".join(str(n) for n in (below, below + every) if n)
+            raise ValueError(
+                f"train.steps: {steps} is not a multiple of method.every {every}, so what the ranks learn in the last "
+                f"{steps - below} steps would be thrown away; nearest: {legal}"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

@@ -12,11 +12,15 @@ from torch.optim import Optimizer
 from thinwire.comm.allreduce import AllReduceSettings, allreduce
 from thinwire.comm.compress.door import enter as enter_compress
 from thinwire.comm.compress.settings import CompressSettings
+from thinwire.comm.local_sgd.door import LocalSGDSettings
+from thinwire.comm.local_sgd.door import enter as enter_local_sgd
 from thinwire.comm.method import Method
 from thinwire.dist.mesh import Mesh
 from thinwire.dist.world import World
 
-MethodSettings: TypeAlias = Annotated[AllReduceSettings | CompressSettings, Field(discriminator="kind")]
+MethodSettings: TypeAlias = Annotated[
+    AllReduceSettings | CompressSettings | LocalSGDSettings, Field(discriminator="kind")
+]
 
 
 def attach(
@@ -44,6 +48,8 @@ def attach(
                 optimizer=optimizer,
                 queue=world.queue,
             )
+        case LocalSGDSettings():
+            return enter_local_sgd(model, optimizer, settings, queue=world.queue)
 
 
 def _groups(mesh: Mesh, level: str | None) -> Sequence[Sequence[int]] | None:

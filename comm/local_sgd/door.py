@@ -138,6 +138,19 @@ def local_sgd(
             "seed": seed,
         }
     )
+    return enter(model, optimizer, settings, queue=queue, group=group, timeout_s=timeout_s)
+
+
+def enter(
+    model: nn.Module,
+    optimizer: Optimizer,
+    settings: LocalSGDSettings,
+    *,
+    queue: CommQueue | None = None,
+    group: ProcessGroup | None = None,
+    timeout_s: float = 60.0,
+) -> LocalSGD:
+    """local_sgd() with its settings in one piece: what a configuration file gives."""
     wrapped = model if isinstance(model, DistributedDataParallel) else None
     module = model if wrapped is None else wrapped.module
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
