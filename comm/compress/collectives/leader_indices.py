@@ -34,7 +34,9 @@ _OF_VALUES: dict[str, Compressor] = {
     "bf16": BF16(),
     "fp16": FP16(),
     "int8": Int8(),
+    "int8_stochastic": Int8(rounding="stochastic"),
     "int4": Int4(),
+    "int4_stochastic": Int4(rounding="stochastic"),
     "sign": Sign(),
 }
 _STATUS_BYTES = 8
@@ -47,7 +49,8 @@ class LeaderIndices:
     ScaleCom: Chen et al. (2020), arXiv 2104.11125. In step t rank t mod n, among those that take part, chooses the
     places by its own input; they are coded once and handed on from rank to rank. The values there are averaged by the
     two-shot mean, rounded as the compressor's `values` say, also once more after the sum. Traffic per rank does not
-    grow with n: at most 2 index sets and 2 (n-1)/n sets of values. The paper's low-pass filter is a matter of the
+    grow with n: at most 2 index sets and 2 (n-1)/n sets of values, and headers; int8, int4 and sign share their values
+    out in blocks of 256, which should be at least n. The paper's low-pass filter is a matter of the
     feedback, not of this.
 
     Of `randk` every rank knows the places, and no index is sent at all.
@@ -72,7 +75,8 @@ class LeaderIndices:
         self.compressor = compressor
         self._envelope = Envelope(compressor)
         self._values = TwoShot(_OF_VALUES[compressor.values])
-        self._last: dict[tuple[str, ...], tuple[int, int, int]] = {}  # leader, its message's bytes, values
+        # Leader, bytes of its message, values of the last call; None if it ended with the status.
+        self._last: dict[tuple[str, ...], tuple[int, int, int] | None] = {}
 
     def mean(self, channel: Channel, job: Job) -> list[Decoded] | None:
         """As in Collective."""
@@ -126,7 +130,10 @@ class LeaderIndices:
         counts = [self._expected_count(numel) for numel in numels]
         bits = sum(n * index_bits(n / numel) for n, numel in zip(counts, numels, strict=True) if n)
         expected = 0, message_bytes([8 * len(numels), math.ceil(bits / 8)]), sum(counts)
-        leader, index_bytes, count = self._last.get(tuple(shapes), expected)
+        last = self._last.get(tuple(shapes), expected)
+        if last is None:
+            return {r: _STATUS_BYTES for r in range(size) if r != rank}
+        leader, index_bytes, count = last
         sent = self._values.sent_bytes({_values_of(tuple(shapes)): (count,)}, rank, size)
         if not isinstance(self.compressor, RandK):
             for r, handed_on in broadcast_bytes(slot_bytes(index_bytes), leader, rank, size).items():
@@ -163,6 +170,7 @@ class LeaderIndices:
         status = torch.tensor(length if finite else _NOT_FINITE, device=device)
         statuses: list[int] = channel.all_gather_same(status).tolist()
         if _NOT_FINITE in statuses:
+            self._last[tuple(job.names)] = None
             return None
         length, longest = statuses[leader], message_bytes([8 * (len(tensors) + 1), *(x.numel() + 8 for x in tensors)])
         if not 0 < length <= longest:
