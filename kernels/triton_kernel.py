@@ -31,7 +31,7 @@ class TritonKernel:
         """What `triton.jit` makes of it: compiled when first launched (or interpreted, with TRITON_INTERPRET=1)."""
         import triton
 
-        self.function.__globals__["tl"] = importlib.import_module("triton.language")
+        _give_language(self.function.__globals__)
         return triton.jit(self.function, do_not_specialize=self.varying)
 
     def options(self, *, amd: bool) -> dict[str, Any]:
@@ -44,6 +44,34 @@ class TritonKernel:
         options = self.options(amd=torch.version.hip is not None)
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             self.jitted[(programs,)](*arguments, **constants, **options)
+
+
+class TritonPart:
+    """A function in Triton's language that kernels call, of this module or of one that imports it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        raise TypeError(f"{self.function.__name__} can only be called by a Triton kernel")
+
+    @functools.cached_property
+    def jitted(self) -> Any:
+        import triton
+
+        _give_language(self.function.__globals__)
+        return triton.jit(self.function)
+
+
+def _give_language(module: dict[str, Any]) -> None:
+    """Make the names in a module what Triton takes them for: its language, and its own kind of functions."""
+    module["tl"] = importlib.import_module("triton.language")
+    for name, value in list(module.items()):
+        if isinstance(value, TritonPart):
+            module[name] = value.jitted
+
+
+triton_part = TritonPart
 
 
 def triton_kernel(*, warps: int, varying: Sequence[str] = ()) -> Callable[[Callable[..., None]], TritonKernel]:
