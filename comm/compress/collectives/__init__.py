@@ -7,8 +7,13 @@ from typing import Literal, TypeAlias
 
 from thinwire.comm.compress.collective import Collective
 from thinwire.comm.compress.collectives.all_gather import AllGather
+from thinwire.comm.compress.collectives.hierarchical import Hierarchical
+from thinwire.comm.compress.collectives.leader_indices import LeaderIndices
+from thinwire.comm.compress.collectives.low_rank import LowRankMean
 from thinwire.comm.compress.collectives.two_shot import TwoShot
 from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors.low_rank import LowRank
+from thinwire.comm.compress.compressors.rand_k import RandK
 
 CollectiveKind: TypeAlias = Literal["two_shot", "all_gather", "leader_indices", "balanced"]
 """The collectives that a setting can name; which compressors each one takes is in build_collective()."""
@@ -21,12 +26,60 @@ def build_collective(
     inner: Sequence[Sequence[int]] | None = None,
     server_error: bool = False,
 ) -> Collective:
-    if kind == "auto":
-        two_shot = not compressor.sparse and compressor.fixed_size and compressor.elementwise
-        kind = "two_shot" if two_shot else "all_gather"
-    if kind == "two_shot":
+    """The collective of a kind for a compressor.
+
+        two_shot        dense elementwise compressors of fixed size: 2 (n-1)/n payloads per rank
+        all_gather      any compressor but lowrank: (n-1) payloads
+        leader_indices  topk, threshold, randk: one rank's places for all, about 2 payloads
+
+    auto: lowrank has a collective of its own; randk goes by leader_indices, dense payloads that can be cut by two_shot,
+    and everything else by all_gather.
+
+    Args:
+        inner: the ranks of each host, whose mean is exact before it is compressed; None = each rank is alone.
+        server_error: keep the error of the mean's own encoding, which two_shot alone can.
+    Raises:
+        ValueError: the compressor cannot go by this kind, or not with inner or server_error.
+    """
+    if inner is not None:
+        if isinstance(compressor, LowRank) or server_error:
+            raise ValueError(
+                f"collective: between hosts ({list(inner)}) nothing can be kept by parts of tensors, as "
+                f"{'a server error' if server_error else 'compressor lowrank'} must be; compress between all ranks, "
+                "or use another compressor and feedback"
+            )
+        return Hierarchical(inner, build_collective(compressor, kind))
+    if isinstance(compressor, LowRank):
+        if kind != "auto":
+            raise ValueError(f"collective: {kind!r} cannot average lowrank's factors; use collective: auto")
+        if server_error:
+            raise ValueError("collective: lowrank has no server error; use two_shot with a dense compressor")
+        return LowRankMean(compressor)
+    chosen = _suited_to(compressor) if kind == "auto" else kind
+    if chosen == "two_shot":
         return TwoShot(compressor, server_error=server_error)
+    if server_error:
+        raise ValueError(
+            f"collective: {chosen} encodes no mean whose error could be kept; use two_shot with a dense compressor"
+        )
+    if chosen == "leader_indices":
+        return LeaderIndices(compressor)
     return AllGather(compressor)
 
 
-__all__ = ["AllGather", "CollectiveKind", "TwoShot", "build_collective"]
+def _suited_to(compressor: Compressor) -> CollectiveKind:
+    if isinstance(compressor, RandK):
+        return "all_gather" if compressor.values == "2bit" else "leader_indices"
+    can_be_cut = compressor.fixed_size and compressor.elementwise and not compressor.sparse
+    return "two_shot" if can_be_cut else "all_gather"
+
+
+__all__ = [
+    "AllGather",
+    "CollectiveKind",
+    "Hierarchical",
+    "LeaderIndices",
+    "LowRankMean",
+    "TwoShot",
+    "build_collective",
+]
