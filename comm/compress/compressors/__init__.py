@@ -7,14 +7,19 @@ from typing import Annotated, Any, TypeAlias, get_args
 from pydantic import BeforeValidator, Field
 
 from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors.block_quantized import Int4, Int8, Ternary
 from thinwire.comm.compress.compressors.dense import BF16, FP16, Dense
 from thinwire.comm.compress.compressors.low_rank import LowRank
+from thinwire.comm.compress.compressors.natural import Natural
 from thinwire.comm.compress.compressors.rand_k import RandK
+from thinwire.comm.compress.compressors.sign import Sign
 from thinwire.comm.compress.compressors.ternary_cluster import TernaryCluster
 from thinwire.comm.compress.compressors.threshold import Threshold
 from thinwire.comm.compress.compressors.top_k import TopK
 
-_Each: TypeAlias = Dense | BF16 | FP16 | TopK | RandK | Threshold | LowRank | TernaryCluster
+_Each: TypeAlias = (
+    Dense | BF16 | FP16 | Int8 | Int4 | Ternary | Sign | Natural | TopK | RandK | Threshold | LowRank | TernaryCluster
+)
 _BY_KIND: dict[str, type[Compressor]] = {cls.model_fields["kind"].default: cls for cls in get_args(_Each)}
 
 

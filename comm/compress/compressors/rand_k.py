@@ -102,7 +102,7 @@ def random_subset(numel: int, count: int, generator: torch.Generator) -> Tensor:
     while found < fewer:
         missing = fewer - found
         drawn[torch.randint(numel, (missing + missing // 8 + 16,), generator=generator).numpy()] = True
-        found = np.count_nonzero(drawn)
+        found = int(np.count_nonzero(drawn))
     # No number is treated unlike another, so that what is left after dropping some at random is uniform too.
     surplus = torch.randperm(found, generator=generator)[: found - fewer]
     drawn[np.flatnonzero(drawn)[surplus.numpy()]] = False
