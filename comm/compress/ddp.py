@@ -1,8 +1,7 @@
 """The door of DistributedDataParallel: a communication hook that overlaps the exchange with backward."""
 
 # No `from __future__ import annotations` here: DDP reads the hook's annotations and refuses strings.
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from thinwire.comm.compress.handle import CompressedExchange, LossScale, learning_rates
+from thinwire.comm.compress.handle import CompressedExchange, LossScale, in_groups, learning_rates
 from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.queue import CommQueue
 
@@ -21,8 +20,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class CompressedDDP(CompressedExchange):
     """The handle of compress() for a DDP model: a comm.method.Method.
 
-    A bucket is exchanged as soon as backward has filled it, unless what is sent depends on all gradients: then all are
-    when the last one is full. Under no_sync() nothing is sent; the accumulated gradient is, once.
+    Gradients are exchanged in groups of DDP's bucket size, which unlike its buckets stay the same from the first step
+    on, so that nothing depends on when DDP lays these out anew, as it does after every start. A group leaves as soon as
+    backward has all of it, unless what is sent depends on all gradients: then all leave with the last one. Under
+    no_sync() nothing is sent; the accumulated gradient is, once.
     """
 
     def __init__(
@@ -38,19 +39,23 @@ class CompressedDDP(CompressedExchange):
     ) -> None:
         parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._names = {id(p): name for name, p in parameters.items()}
+        shapes = {name: parameters[name].shape for name in reversed(list(parameters))}  # as backward comes upon them
+        self._groups = in_groups(shapes, model.bucket_bytes_cap)
+        self._group_of = {name: i for i, group in enumerate(self._groups) for name in group}
         super().__init__(
             settings,
-            {name: p.shape for name, p in parameters.items()},
+            shapes,
             queue,
-            buckets=_first_buckets(parameters),
+            groups=self._groups,
             inner=inner,
             clip_norm=clip_norm,
             scaler=scaler,
             learning_rate=learning_rates(optimizer, self._names) if optimizer is not None else None,
         )
-        self._group = model.process_group
+        self._process_group = model.process_group
         self._removed = False
-        self._waiting: list[tuple[dict[str, Tensor], Tensor, Future[Tensor]]] = []
+        self._open: list[tuple[Future[Tensor], Tensor]] = []
+        self._arrived: list[dict[str, Tensor]] = []
         model.register_comm_hook(self, _hook)
 
     def remove(self) -> None:
@@ -60,30 +65,35 @@ class CompressedDDP(CompressedExchange):
     def _take(self, bucket: GradBucket) -> Future[Tensor]:
         buffer = bucket.buffer()
         if self._removed:
-            work = self._group.allreduce([buffer.div_(self._group.size())])
+            work = self._process_group.allreduce([buffer.div_(self._process_group.size())])
             return work.get_future().then(lambda done: done.value()[0])
         if bucket.index() == 0:
-            self._waiting = []
+            self._open = []
+            self._arrived = [{} for _ in self._groups]
             self.begin()
             # Runs before DDP's own end-of-backward callback, which is queued with the last bucket. An error raised here
             # keeps its type and leaves loss.backward(); one set on a Future would reach the user as a RuntimeError.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-        names = [self._names[id(p)] for p in bucket.parameters()]
-        gradients = dict(zip(names, bucket.gradients(), strict=True))
         future: Future[Tensor] = Future()
-        self._waiting.append((gradients, buffer, future))
-        if not self.sends_at_the_end:
-            self.send(gradients)
-        elif bucket.is_last():
-            self.send_all([gradients for gradients, _, _ in self._waiting])
+        self._open.append((future, buffer))
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            name = self._names[id(parameter)]
+            i = self._group_of[name]
+            self._arrived[i][name] = gradient
+            if len(self._arrived[i]) == len(self._groups[i]) and not self.sends_at_the_end:
+                self.send(i, self._arrived[i])
+        if bucket.is_last() and self.sends_at_the_end:
+            self.send_all(self._arrived)
         return future
 
     def _end_of_backward(self) -> None:
-        """Wait for every bucket, so that DDP finds its futures complete."""
-        waiting, self._waiting = self._waiting, []
-        self.finish()
-        for _, buffer, future in waiting:
+        """Wait for every group, so that DDP finds its futures complete."""
+        complete = sum(map(len, self._arrived)) == len(self._names)  # if not, DDP will say which parameters are unused
+        self._arrived = []
+        self.finish(lambda finite: finite and complete)
+        for future, buffer in self._open:
             future.set_result(buffer)
+        self._open = []
 
 
 def _hook(state: CompressedDDP, bucket: GradBucket) -> Future[Tensor]:
@@ -136,11 +146,3 @@ def check_gradients(module: nn.Module) -> None:
             raise ValueError(
                 f"model: {name} makes sparse gradients; method compress takes dense ones: set sparse=False"
             )
-
-
-def _first_buckets(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """What DDP's first step uses, as a rule: one bucket for each dtype, last parameters first."""
-    buckets: dict[Any, list[str]] = {}
-    for name, parameter in reversed(list(parameters.items())):
-        buckets.setdefault(parameter.dtype, []).append(name)
-    return list(buckets.values())

@@ -51,7 +51,7 @@ class CompressedFSDP(CompressedExchange):
             settings,
             shapes,
             queue,
-            buckets=[list(shards.shapes) for shards in self._shards if shards.shapes],
+            groups=[list(shards.shapes) for shards in self._shards],
             inner=inner,
             scaler=scaler,
             learning_rate=learning_rates(optimizer, names) if optimizer is not None else None,
@@ -109,8 +109,7 @@ class CompressedFSDP(CompressedExchange):
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_of_backward, flat.device))
         gradients = shards.gradients(flat)
         if gradients:
-            self.send(gradients)
-            self._under_way[-1][1].wait()
+            self.send(self._shards.index(shards), gradients).wait()
 
     def _end_of_backward(self, device: torch.device) -> None:
         if not self.finish(partial(self._agree, device)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,13 +30,13 @@ class LossScale(Protocol):
 
 
 class CompressedExchange(ABC):
-    """A comm.method.Method without a door: doors say when buckets are complete, and call begin(), send() and finish().
+    """A comm.method.Method without a door: doors say when tensors are there: begin(), send() of each group, finish().
 
     Args:
         settings: what is sent.
         shapes: of all tensors, by name, in an order that all ranks share.
         queue: joins the ranks.
-        buckets: the names of each bucket, as far as they are known before the first step.
+        groups: names of the tensors that are exchanged together, the same on every rank and in every step.
         inner: groups of ranks of the queue that average exactly; see CompressSettings.exact_within.
         clip_norm: largest norm of the true gradient; 0 = no limit.
         scaler: the GradScaler by whose scale the gradients are multiplied.
@@ -50,7 +50,7 @@ class CompressedExchange(ABC):
         shapes: Mapping[str, torch.Size],
         queue: CommQueue,
         *,
-        buckets: Sequence[Sequence[str]],
+        groups: Sequence[Sequence[str]],
         inner: Sequence[Sequence[int]] | None = None,
         clip_norm: float = 0.0,
         scaler: LossScale | None = None,
@@ -62,14 +62,14 @@ class CompressedExchange(ABC):
         self._queue = queue
         self._operation = operation
         self._scaler = scaler
-        self._buckets = [list(bucket) for bucket in buckets]
         self._gradient_norm = math.nan
         self._factor = 1.0
         self._scale = 1.0
-        self._under_way: list[tuple[list[str], Pending[bool]]] = []
+        self._under_way: list[Pending[bool]] = []
         self._pipeline: Pipeline = assemble(
             settings, shapes, rank=queue.rank, size=queue.size, inner=inner, learning_rate=learning_rate
         )
+        self._sent_together = [list(shapes)] if self._pipeline.takes_all_at_once else [list(group) for group in groups]
 
     @property
     def sends_at_the_end(self) -> bool:
@@ -100,19 +100,19 @@ class CompressedExchange(ABC):
             self._pipeline.load_state_dict(state)
 
     def predicted_bytes(self) -> dict[str, int]:
-        """Payload bytes that this rank sends per step, by level, for the present buckets.
+        """Payload bytes that this rank sends per step, by level.
 
         Of compressors whose size depends on the data, as in the last step; before the first, what is expected.
         """
         levels: dict[str, int] = defaultdict(int)
-        for peer, count in self._pipeline.sent_bytes(self._buckets, self._queue.rank, self._queue.size).items():
+        for peer, count in self._pipeline.sent_bytes(self._sent_together, self._queue.rank, self._queue.size).items():
             levels[self._queue.meter.level_of(self._queue.peers[peer])] += count + bool(self.clip_norm) * _NORM_BYTES
         return dict(levels)
 
     def metrics(self) -> dict[str, float]:
-        """Pieces sent, bytes of the last step, steps rolled back, norms of what is remembered; norm before clipping."""
+        """Groups sent, bytes of the last step, steps rolled back, norms of what is remembered; norm before clipping."""
         found = {
-            "buckets": float(len(self._buckets)),
+            "groups": float(len(self._sent_together)),
             "payload_bytes": float(sum(self.predicted_bytes().values())),
             "skipped_steps": float(self._pipeline.skipped),
             **self._pipeline.feedback.metrics(),
@@ -128,44 +128,40 @@ class CompressedExchange(ABC):
         """Leave the trainer as it was before the method entered."""
 
     def begin(self) -> None:
-        """Before the first bucket of a step; what an interrupted step has left is forgotten."""
+        """Before the first group of a step; what an interrupted step has left is forgotten."""
         self._under_way = []
         self._factor = 1.0
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._pipeline.begin_step(self._scale)
 
-    def send(self, bucket: Mapping[str, Tensor]) -> None:
-        """Exchange one bucket, in place, in the background."""
-        number = len(self._under_way)
-        pending = self._queue.submit(f"{self._operation}/bucket{number}", partial(self._exchange, bucket))
-        self._under_way.append((list(bucket), pending))
+    def send(self, number: int, group: Mapping[str, Tensor]) -> Pending[bool]:
+        """Exchange the tensors of one group, in place, in the background."""
+        tensors = {name: group[name] for name in self._sent_together[number]}
+        pending = self._queue.submit(f"{self._operation}/group{number}", partial(self._exchange, tensors))
+        self._under_way.append(pending)
+        return pending
 
-    def send_all(self, buckets: Sequence[Mapping[str, Tensor]]) -> None:
-        """Exchange all buckets of a step: clipped first if so wished, and joined if they must be."""
+    def send_all(self, groups: Iterable[Mapping[str, Tensor]]) -> None:
+        """Exchange all groups of a step: clipped first if so wished, and joined if they must be."""
+        given = {name: tensor for group in groups for name, tensor in group.items()}
         if self.clip_norm:
-            gradients = [gradient for bucket in buckets for gradient in bucket.values()]
-            self._queue.submit(f"{self._operation}/norm", partial(self._agree_on_factor, gradients))
-        if self._pipeline.takes_all_at_once:
-            given = {name: gradient for bucket in buckets for name, gradient in bucket.items()}
-            buckets = [{name: given[name] for name in self._pipeline.shapes if name in given}]
-        for bucket in buckets:
-            self.send(bucket)
+            self._queue.submit(f"{self._operation}/norm", partial(self._agree_on_factor, list(given.values())))
+        for number in range(len(self._sent_together)):
+            self.send(number, given)
 
     def finish(self, agree: Callable[[bool], bool] = bool) -> bool:
-        """Wait for all buckets, then keep or forget what the step has changed; returns whether all was finite.
+        """Wait for all groups, then keep or forget what the step has changed; returns whether all was finite.
 
         Args:
             agree: makes of this rank's verdict that of more ranks than the queue joins.
         """
         submitted, self._under_way = self._under_way, []
-        finite = agree(all([pending.wait() for _, pending in submitted]))
-        finite = finite if agree is None else agree(finite)
+        finite = agree(all([pending.wait() for pending in submitted]))
         self._pipeline.end_step(finite)
-        self._buckets = [names for names, _ in submitted]
         return finite
 
-    def _exchange(self, bucket: Mapping[str, Tensor], channel: Channel) -> bool:
-        return self._pipeline.exchange(channel, bucket, self._factor)
+    def _exchange(self, tensors: Mapping[str, Tensor], channel: Channel) -> bool:
+        return self._pipeline.exchange(channel, tensors, self._factor)
 
     def _agree_on_factor(self, gradients: Sequence[Tensor], channel: Channel) -> None:
         """factor <- min(1, clip_norm / sqrt(1/n sum_r ||g_r||^2)), from numbers that every rank adds in rank order."""
@@ -186,3 +182,16 @@ def learning_rates(optimizer: Optimizer, names: Mapping[int, str]) -> Callable[[
     """
     groups = {names[id(p)]: group for group in optimizer.param_groups for p in group["params"] if id(p) in names}
     return lambda name: float(groups[name]["lr"])
+
+
+def in_groups(shapes: Mapping[str, torch.Size], group_bytes: int) -> list[list[str]]:
+    """Names of neighbours, at least one, with about this many bytes of fp32 together."""
+    groups: list[list[str]] = [[]]
+    held = 0
+    for name, shape in shapes.items():
+        if groups[-1] and held + 4 * shape.numel() > group_bytes:
+            groups.append([])
+            held = 0
+        groups[-1].append(name)
+        held += 4 * shape.numel()
+    return groups

@@ -1,4 +1,4 @@
-"""What is sent for a bucket of gradients: feedback, compressor and collective, as one transaction a step."""
+"""What is sent for a group of gradients: feedback, compressor and collective, as one transaction a step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from thinwire.comm.two_shot import TwoShotMean
 class Pipeline:
     """x_r <- the mean over the ranks of what the feedback and C make of x_q, for named tensors, on every rank r.
 
-    One step: begin_step(), then exchange() for each bucket on the CommQueue's thread, then end_step(). Nothing is
+    One step: begin_step(), then exchange() for each group on the CommQueue's thread, then end_step(). Nothing is
     remembered of a step before end_step(True). Knows neither DDP nor any other trainer.
 
     Tensors on a dense route are averaged in fp32. Feedbacks that give all tensors a state of their own (momentum, an
@@ -65,7 +65,7 @@ class Pipeline:
         self._collectives = {compressor: (compressor, build(compressor)) for compressor in compressors}
 
     def begin_step(self, scale: float = 1.0) -> None:
-        """Before the first bucket of a step.
+        """Before the first group of a step.
 
         Args:
             scale: the loss scale by which the tensors come, and are to leave, multiplied.
@@ -77,7 +77,7 @@ class Pipeline:
                 self._collectives[final] = wanted, self._build(wanted)
 
     def exchange(self, channel: Channel, tensors: Mapping[str, Tensor], factor: float = 1.0) -> bool:
-        """Replace the tensors of one bucket by what the optimizer shall see. On the CommQueue's thread.
+        """Replace the tensors of one group by what the optimizer shall see. On the CommQueue's thread.
 
         Args:
             tensors: fp32, bf16 or fp16, in any layout.
@@ -101,7 +101,7 @@ class Pipeline:
         return finite
 
     def end_step(self, finite: bool) -> None:
-        """After the last bucket: keep the new state if all of them were finite, otherwise none of it."""
+        """After the last group: keep the new state if all of them were finite, otherwise none of it."""
         self.steps += 1
         self.skipped += not finite
         stateful: list[Feedback | Collective] = [self.feedback, *(c for _, c in self._collectives.values())]
@@ -114,11 +114,11 @@ class Pipeline:
             for name, offset, error in collective.surrendered():
                 self.feedback.give_back(name, offset, error)
 
-    def sent_bytes(self, buckets: Iterable[Sequence[str]], rank: int, size: int) -> dict[int, int]:
-        """Payload bytes that `rank` sends in a step with these buckets, by receiver: of the last step, or expected."""
+    def sent_bytes(self, groups: Iterable[Sequence[str]], rank: int, size: int) -> dict[int, int]:
+        """Payload bytes that `rank` sends in a step with these groups, by receiver: of the last step, or expected."""
         total = dict.fromkeys((r for r in range(size) if r != rank), 0)
-        for bucket in buckets:
-            for compressor, names in self._lanes(bucket).items():
+        for group in groups:
+            for compressor, names in self._lanes(group).items():
                 shapes = {name: self.shapes[name] for name in names}
                 if compressor is None:
                     numel = sum(shape.numel() for shape in shapes.values())
@@ -142,7 +142,7 @@ class Pipeline:
 
     @property
     def takes_all_at_once(self) -> bool:
-        """Whether the tensors of all buckets must be exchanged in one call: their entries compete with each other."""
+        """Whether the tensors of all groups must be exchanged in one call: their entries compete with each other."""
         return any(is_global(compressor) for compressor in self._collectives)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -188,7 +188,7 @@ class Pipeline:
         return {by_label[label]: saved for label, saved in state["collectives"].items()}
 
     def _lanes(self, names: Iterable[str]) -> dict[Compressor | None, list[str]]:
-        """The names of a bucket by compressor, in the order that all ranks share."""
+        """The names of a group by compressor, in the order that all ranks share."""
         lanes: dict[Compressor | None, list[str]] = {}
         for name in names:
             compressor = None if self._step < self._start_step else self.routes[name].compressor

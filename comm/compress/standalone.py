@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.feedback import FeedbackSettings
-from thinwire.comm.compress.handle import CompressedExchange, LossScale
+from thinwire.comm.compress.handle import CompressedExchange, LossScale, in_groups
 from thinwire.comm.compress.settings import make_settings
 from thinwire.comm.queue import CommQueue, open_queue
 
@@ -30,7 +30,7 @@ class CompressedMean(CompressedExchange):
         clip_norm: largest norm of the tensors before compression, as in compress(); 0 = no limit.
         scaler: a GradScaler by whose scale the tensors are multiplied.
         exact_within: as in compress().
-        bucket_bytes: tensors are exchanged in groups of about this many bytes of fp32.
+        group_bytes: tensors are exchanged in groups of about this many bytes of fp32.
         queue: CommQueue over the ranks; default: a new one over `group`.
         group: the ranks when no queue is given; default: all.
         timeout_s: deadline of one group of tensors when no queue is given, in seconds.
@@ -56,7 +56,7 @@ class CompressedMean(CompressedExchange):
         clip_norm: float = 0.0,
         scaler: LossScale | None = None,
         exact_within: Sequence[Sequence[int]] | None = None,
-        bucket_bytes: int = 25_000_000,
+        group_bytes: int = 25_000_000,
         queue: CommQueue | None = None,
         group: ProcessGroup | None = None,
         timeout_s: float = 60.0,
@@ -74,12 +74,11 @@ class CompressedMean(CompressedExchange):
         if len(self._shapes) != len(pairs):
             raise ValueError(f"tensors: {len(pairs)} of them have {len(self._shapes)} names; give each its own")
         _check_dtypes(pairs)
-        self._groups = _in_groups(self._shapes, bucket_bytes)
         super().__init__(
             settings,
             self._shapes,
             queue or open_queue(group, timeout_s=timeout_s),
-            buckets=self._groups,
+            groups=in_groups(self._shapes, group_bytes),
             inner=exact_within,
             clip_norm=clip_norm,
             scaler=scaler,
@@ -110,7 +109,7 @@ class CompressedMean(CompressedExchange):
             )
         _check_dtypes(tensors.items())
         self.begin()
-        self.send_all([{name: tensors[name].detach() for name in names} for names in self._groups])
+        self.send_all([{name: x.detach() for name, x in tensors.items()}])
         return self.finish()
 
     def remove(self) -> None:
@@ -121,15 +120,3 @@ def _check_dtypes(tensors: Iterable[tuple[str, Tensor]]) -> None:
     for name, x in tensors:
         if x.dtype not in _DTYPES or x.layout != torch.strided:
             raise ValueError(f"tensors: {name} is {x.dtype}, {x.layout}; give dense fp32, bf16 or fp16 tensors")
-
-
-def _in_groups(shapes: Mapping[str, torch.Size], bucket_bytes: int) -> list[list[str]]:
-    groups: list[list[str]] = [[]]
-    held = 0
-    for name, shape in shapes.items():
-        if groups[-1] and held + 4 * shape.numel() > bucket_bytes:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += 4 * shape.numel()
-    return groups
