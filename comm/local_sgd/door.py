@@ -164,7 +164,7 @@ def enter(
     return LocalSGD(
         module,
         optimizer,
-        RoundExchange(settings.compression(), shapes, queue, settings.bucket_mb * 1e6),
+        RoundExchange(settings.compression(), shapes, queue, int(settings.bucket_mb * 1e6)),
         None if plain and averaging else Outer(settings.outer),
         every=settings.every,
         queue=queue,
