@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -49,3 +50,17 @@ def to_dense(decoded: Decoded) -> Tensor:
     dense = torch.zeros(decoded.numel, dtype=torch.float32, device=decoded.values.device)
     dense[decoded.indices] = decoded.values
     return dense
+
+
+def split_decoded(decoded: Decoded, sizes: Sequence[int]) -> list[Decoded]:
+    """The parts of what was decoded as one tensor, of these numbers of elements."""
+    if not isinstance(decoded, Sparse):
+        return list(to_dense(decoded).split(list(sizes)))
+    ends = torch.tensor(sizes, dtype=torch.int64, device=decoded.indices.device).cumsum(0)
+    cuts = torch.searchsorted(decoded.indices, ends).tolist()
+    parts: list[Decoded] = []
+    begin, start = 0, 0
+    for size, cut in zip(sizes, cuts, strict=True):
+        parts.append(Sparse(size, decoded.indices[begin:cut] - start, decoded.values[begin:cut]))
+        begin, start = cut, start + size
+    return parts

@@ -12,7 +12,7 @@ from torch import Tensor
 from thinwire.comm.channel import Channel
 from thinwire.comm.compress.collective import Collective, Job
 from thinwire.comm.compress.collectives.flat import copy_back, split_like
-from thinwire.comm.compress.decoded import Decoded, Sparse, add_to, to_dense
+from thinwire.comm.compress.decoded import Decoded, add_to, split_decoded
 
 _ONE = "all tensors"
 
@@ -66,17 +66,3 @@ class Joined:
 
     def surrendered(self) -> list[tuple[str, int, Tensor]]:
         return self.inner.surrendered()
-
-
-def split_decoded(decoded: Decoded, sizes: Sequence[int]) -> list[Decoded]:
-    """The parts of what was decoded as one tensor, of these numbers of elements."""
-    if not isinstance(decoded, Sparse):
-        return list(to_dense(decoded).split(list(sizes)))
-    ends = torch.tensor(sizes, dtype=torch.int64, device=decoded.indices.device).cumsum(0)
-    cuts = torch.searchsorted(decoded.indices, ends).tolist()
-    parts: list[Decoded] = []
-    begin, start = 0, 0
-    for size, cut in zip(sizes, cuts, strict=True):
-        parts.append(Sparse(size, decoded.indices[begin:cut] - start, decoded.values[begin:cut]))
-        begin, start = cut, start + size
-    return parts

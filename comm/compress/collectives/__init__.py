@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from thinwire.comm.compress.collective import Collective
 from thinwire.comm.compress.collectives.all_gather import AllGather
+from thinwire.comm.compress.collectives.balanced import Balanced
 from thinwire.comm.compress.collectives.hierarchical import Hierarchical
 from thinwire.comm.compress.collectives.leader_indices import LeaderIndices
 from thinwire.comm.compress.collectives.low_rank import LowRankMean
@@ -31,6 +32,7 @@ def build_collective(
         two_shot        dense elementwise compressors of fixed size: 2 (n-1)/n payloads per rank
         all_gather      any compressor but lowrank: (n-1) payloads
         leader_indices  topk, threshold, randk: one rank's places for all, about 2 payloads
+        balanced        topk, threshold: the largest entries of the sum, about 2 payloads
 
     auto: lowrank has a collective of its own; randk goes by leader_indices, dense payloads that can be cut by two_shot,
     and everything else by all_gather.
@@ -64,7 +66,7 @@ def build_collective(
         )
     if chosen == "leader_indices":
         return LeaderIndices(compressor)
-    return AllGather(compressor)
+    return Balanced(compressor) if chosen == "balanced" else AllGather(compressor)
 
 
 def _suited_to(compressor: Compressor) -> CollectiveKind:
@@ -76,6 +78,7 @@ def _suited_to(compressor: Compressor) -> CollectiveKind:
 
 __all__ = [
     "AllGather",
+    "Balanced",
     "CollectiveKind",
     "Hierarchical",
     "LeaderIndices",
