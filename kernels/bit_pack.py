@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from thinwire.kernels.triton_kernel import triton_is_installed, triton_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
 WIDEST = 25  # bits: with an offset of up to 7 bits such a number still lies within 4 bytes
+BLOCK = 512  # words or numbers per program of the Triton kernels
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:
@@ -29,7 +35,11 @@ def pack_bits(values: Tensor, width: int) -> Tensor:
     _check_width(width)
     if values.dtype.is_floating_point or values.dtype.is_complex or values.dim() != 1:
         raise ValueError(f"pack_bits: got {values.dtype} of shape {tuple(values.shape)}; give integers, flat")
-    return torch.from_numpy(_pack(values.detach().numpy(), width))
+    if values.device.type == "cpu":
+        return torch.from_numpy(_pack(values.numpy(), width))
+    if values.device.type == "cuda" and triton_is_installed() and values.numel():
+        return launch_pack(values, width)
+    return pack_bits_reference(values, width)
 
 
 def unpack_bits(data: Tensor, width: int, count: int) -> Tensor:
@@ -51,7 +61,11 @@ def unpack_bits(data: Tensor, width: int, count: int) -> Tensor:
             f"unpack_bits: count is {count}, but {data.numel()} bytes hold 0 to {8 * data.numel() // width} numbers "
             f"of {width} bits"
         )
-    return torch.from_numpy(_unpack(data.numpy(), width, count))
+    if data.device.type == "cpu":
+        return torch.from_numpy(_unpack(data.numpy(), width, count))
+    if data.device.type == "cuda" and triton_is_installed() and count:
+        return launch_unpack(data, width, count)
+    return unpack_bits_reference(data, width, count)
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -71,6 +85,72 @@ def unpack_bits_reference(data: Tensor, width: int, count: int) -> Tensor:
     bits = (data.to(torch.int32)[:, None] >> torch.arange(8, device=data.device)).view(-1) & 1
     numbers = bits[: count * width].view(count, width) << torch.arange(width, device=data.device)
     return numbers.sum(1).to(torch.int32)
+
+
+@triton_kernel(warps=4, varying=("n",))
+def pack_kernel(values: tl.tensor, words: tl.tensor, n: tl.int64, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """Each lane makes a word of 32 bits of the numbers that reach into it."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK * 32
+    lane = tl.arange(0, BLOCK)
+    bit = (begin % WIDTH).to(tl.int32) + lane * 32  # counted from the first bit of the number that `begin` lies in
+    values += begin // WIDTH
+    rest = n - begin // WIDTH
+    word = tl.zeros((BLOCK,), tl.uint32)
+    for j in tl.static_range((31 + WIDTH - 1) // WIDTH + 1):
+        i = bit // WIDTH + j
+        number = tl.load(values + i, mask=i < rest, other=0).to(tl.uint32) & ((1 << WIDTH) - 1)
+        shift = i * WIDTH - bit
+        # Shifts of 32 and more are not defined, and each of the two is computed in every lane.
+        up = number << tl.minimum(tl.maximum(shift, 0), 31).to(tl.uint32)
+        down = number >> tl.minimum(tl.maximum(-shift, 0), 31).to(tl.uint32)
+        word |= tl.where(shift >= 32, 0, tl.where(shift >= 0, up, down))
+    words += begin // 32
+    if begin + BLOCK * 32 <= n * WIDTH:  # without a mask the compiler can store 16 bytes at a time
+        tl.store(words + lane, word.to(tl.int32, bitcast=True))
+    else:
+        tl.store(words + lane, word.to(tl.int32, bitcast=True), mask=lane * 32 < n * WIDTH - begin)
+
+
+@triton_kernel(warps=4, varying=("n",))
+def unpack_kernel(data: tl.tensor, values: tl.tensor, n: tl.int64, WIDTH: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    """Each lane joins the bytes that its number reaches into."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    data += begin * WIDTH // 8
+    size = ((n - begin) * WIDTH + 7) // 8
+    bit = lane * WIDTH
+    word = tl.zeros((BLOCK,), tl.uint32)
+    for j in tl.static_range((WIDTH + 14) // 8):
+        i = bit // 8 + j
+        word |= tl.load(data + i, mask=i < size, other=0).to(tl.uint32) << (8 * j)
+    number = (word >> (bit % 8).to(tl.uint32)) & ((1 << WIDTH) - 1)
+    if begin + BLOCK <= n:
+        tl.store(values + begin + lane, number.to(tl.int32))
+    else:
+        tl.store(values + begin + lane, number.to(tl.int32), mask=lane < n - begin)
+
+
+def compile_time(width: int) -> dict[str, int]:
+    """The constants of both kernels."""
+    return {"WIDTH": width, "BLOCK": BLOCK}
+
+
+def launch_pack(values: Tensor, width: int) -> Tensor:
+    """Run the Triton kernel on at least one number."""
+    numbers = values.contiguous()
+    if numbers.dtype == torch.bool:
+        numbers = numbers.view(torch.uint8)
+    words = torch.empty(-(-len(numbers) * width // 32), dtype=torch.int32, device=numbers.device)
+    programs = -(-len(words) // BLOCK)
+    pack_kernel.launch(programs, numbers.device, numbers, words, len(numbers), **compile_time(width))
+    return words.view(torch.uint8)[: packed_bytes(len(numbers), width)]
+
+
+def launch_unpack(data: Tensor, width: int, count: int) -> Tensor:
+    """Run the Triton kernel for at least one number."""
+    values = torch.empty(count, dtype=torch.int32, device=data.device)
+    unpack_kernel.launch(-(-count // BLOCK), data.device, data, values, count, **compile_time(width))
+    return values
 
 
 _Bytes = npt.NDArray[np.uint8]

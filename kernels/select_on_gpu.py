@@ -16,7 +16,7 @@ from thinwire.kernels.triton_kernel import triton_is_installed, triton_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
-BLOCK = 4096  # elements per program
+BLOCK = 2048  # elements per program
 
 
 def select_top(values: Tensor, k: int, addends: Addends | None = None) -> Tensor:

@@ -95,7 +95,7 @@ def select_with_feedback(
     else:
         raise ValueError("threshold_select: neither k nor threshold is given; give one of them")
     selected = _with_values(sums, indices)
-    sums[indices] = 0.0
+    sums.index_fill_(0, indices, 0.0)
     return selected
 
 
@@ -149,7 +149,7 @@ def select_above_reference(x: Tensor, threshold: float, capacity: int | None = N
 
 
 def _with_values(x: Tensor, indices: Tensor) -> Selected:
-    return indices, x.detach()[indices]
+    return indices, x.detach().index_select(0, indices)
 
 
 def _check(x: Tensor) -> None:
