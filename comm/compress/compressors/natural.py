@@ -68,19 +68,22 @@ class Natural(Compressor):
     def decode(self, payload: Tensor, shape: torch.Size, draw: Draw) -> Tensor:
         numel = shape.numel()
         need_bytes(payload, self.payload_bytes(shape), "Natural")
+        powers = (torch.arange(_EXPONENTS + 1, dtype=torch.int32, device=payload.device) << _MANTISSA).view(
+            torch.float32
+        )
         if self.bits == 9:
-            exponent = payload[:numel].to(torch.int32)
+            exponents = payload[:numel].to(torch.int32)
+            if int(exponents.max()) > _EXPONENTS:
+                raise PayloadError("Natural: a power of two that fp32 has not")
             if used := numel % 8:
                 need_zero_tail(payload[-1], used, "Natural")
-            negative = unpack_bits(payload[numel:], 1, numel)
-        else:
-            codes = payload[1:]
-            negative = (codes >> 7).to(torch.int32)
-            exponent = (codes & 0x7F).to(torch.int32)
-            exponent += (exponent > 0).to(torch.int32) * int(payload[0])
-        if bool((exponent > _EXPONENTS).any()):
+            signs = 1 - 2 * unpack_bits(payload[numel:], 1, numel).to(torch.float32)
+            return powers[exponents].mul_(signs)
+        base = int(payload[0])
+        if base > _EXPONENTS - _WINDOW:
             raise PayloadError("Natural: a power of two that fp32 has not")
-        return (exponent << _MANTISSA | negative << 31).view(torch.float32)
+        table = torch.cat([powers[:1], powers[base + 1 : base + _WINDOW + 1]])
+        return torch.cat([table, -table])[payload[1:].to(torch.int32)]
 
     def contraction(self, tensor: Tensor) -> float:
         """7/8, in expectation, for elements of at least 2^-126 (with 8 bits: 2^-126 times the largest)."""
