@@ -99,6 +99,8 @@ class Ranks:
             mean = torch.zeros_like(mean)
             add_to(mean, compress(wanted))
             self.server_errors[name] = wanted - mean
+        if not mean.isfinite().all():
+            return mean  # a collective then says so on every rank, and no after() is called
         outputs = [mean.clone() for _ in self.feedbacks]
         for feedback, decoded_or_none, output in zip(self.feedbacks, sent, outputs, strict=True):
             feedback.after(name, decoded_or_none, output)

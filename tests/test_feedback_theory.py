@@ -13,7 +13,9 @@ from thinwire.comm.compress.feedback import theory
 SMOOTHNESS = st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=50)
 
 
-@pytest.mark.parametrize(("alpha", "expected"), [(0.5, 2.41421356), (0.1, 18.48683298), (0.01, 198.4987437), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("alpha", "expected"), [(0.5, 2.41421356), (0.1, 18.48683298), (0.01, 198.4987437), (1.0, 0.0)]
+)
 def test_xi_has_its_known_values_and_is_the_root_of_beta_over_theta(alpha: float, expected: float) -> None:
     assert theory.xi(alpha) == pytest.approx(expected, rel=1e-9)
     assert theory.xi(alpha) == pytest.approx(math.sqrt(theory.beta(alpha) / theory.theta(alpha)), abs=1e-12, rel=1e-12)
@@ -61,7 +63,7 @@ def test_the_default_rho_is_the_best() -> None:
 
 
 def test_the_formula_of_partial_participation() -> None:
-    """Written out: theta, beta at the best s, theta_p = rho p + theta p - rho, B = (beta p + (1 + 1/rho)(1 - p)) L^2."""
+    """Written out, with theta and beta as functions of s, at the best s."""
     alpha, p, rho, L, mean = 0.25, 0.6, 0.01, 3.0, 7.0
     s = 1 / math.sqrt(1 - alpha) - 1
     theta, beta = 1 - (1 + s) * (1 - alpha), (1 + 1 / s) * (1 - alpha)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from thinwire.comm.compress.decoded import Decoded
 from thinwire.comm.compress.feedback.protocol import FeedbackSettings, Place
-from thinwire.comm.compress.feedback.rank_memory import RankMemory, Storage
+from thinwire.comm.compress.feedback.rank_memory import RankMemory
+from thinwire.comm.compress.feedback.store import Storage
 
 
 class NoFeedback(FeedbackSettings):

@@ -11,7 +11,7 @@ from torch import Tensor
 from thinwire.comm.compress.decoded import Decoded, add_to
 from thinwire.comm.compress.feedback.ef21 import EF21Feedback
 from thinwire.comm.compress.feedback.protocol import FeedbackSettings, Place
-from thinwire.comm.compress.feedback.rank_memory import Storage
+from thinwire.comm.compress.feedback.store import Storage
 
 
 class EControl(FeedbackSettings):

@@ -13,7 +13,7 @@ from thinwire.comm.compress.decoded import Decoded
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.compress.feedback.ef21 import EF21Feedback
 from thinwire.comm.compress.feedback.protocol import FeedbackSettings, Place
-from thinwire.comm.compress.feedback.rank_memory import Storage
+from thinwire.comm.compress.feedback.store import Storage
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 

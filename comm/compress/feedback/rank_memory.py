@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from thinwire.comm.compress.decoded import Decoded
 from thinwire.comm.compress.draw import Draw
+from thinwire.comm.compress.feedback.blocks import BlockPair
 from thinwire.comm.compress.feedback.protocol import Place
-from thinwire.comm.compress.feedback.store import Buffered, Pair, Store
-
-Storage = Literal["fp32", "int8"]
+from thinwire.comm.compress.feedback.store import Buffered, Pair, Storage, Store
 
 
 class RankMemory:
@@ -102,7 +101,8 @@ class RankMemory:
 
     def _identity(self) -> dict[str, Any]:
         """What must agree between a state and the feedback that loads it."""
-        return {"kind": self.kind, "rank": self._place.rank, "size": self._place.size}
+        storage = {label: store.storage for label, store in self._stores.items()}
+        return {"kind": self.kind, "storage": storage, "rank": self._place.rank, "size": self._place.size}
 
     def _check(self, state: Mapping[str, Any], rank: int, size: int) -> None:
         expected = {**self._identity(), "rank": rank, "size": size}
@@ -112,10 +112,6 @@ class RankMemory:
                     f"feedback: the state has {key} {state.get(key)!r}, but {needed!r} is needed; resume with "
                     "the settings that it was saved with, and bring a state of other ranks here with merge()"
                 )
-        if set(state["stores"]) != set(self._stores):
-            raise ValueError(
-                f"feedback: the state holds {sorted(state['stores'])}, but {sorted(self._stores)} are needed"
-            )
 
     def _factor(self, name: str) -> float:
         """What brings a gradient, as it comes, to the units of the memory: at least the loss scale is taken out."""
@@ -128,11 +124,7 @@ class RankMemory:
 
     def _buffered(self, storage: Storage, label: str) -> Buffered:
         """A store of the wanted format whose rounding depends on the step, the name and the rank."""
-        if storage == "fp32":
-            return Pair()
-        from thinwire.comm.compress.feedback.blocks import BlockPair
-
-        return BlockPair(lambda name: self._key(f"{label}/{name}"))
+        return Pair() if storage == "fp32" else BlockPair(lambda name: self._key(f"{label}/{name}"))
 
     def _key(self, name: str) -> int:
         return Draw(self._place.seed, self._step, name, self._place.rank).own_key()

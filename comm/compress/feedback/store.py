@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.compress.decoded import Decoded, add_to
 
+Storage = Literal["fp32", "int8"]
+
 
 class Store(ABC):
-    """One tensor for each parameter name, zero where nothing has been committed."""
+    """One tensor for each parameter name, zero where nothing has been committed.
+
+    Attributes: storage, the format, as settings and checkpoints name it.
+    """
+
+    storage: ClassVar[Storage] = "fp32"
 
     @abstractmethod
     def __contains__(self, name: str) -> bool:
