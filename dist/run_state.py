@@ -83,9 +83,7 @@ class RunState:
         return loaded
 
     def _load_latest(self, checkpoints: Checkpointer) -> Loaded | None:
-        # A model of each rank's own has no owner among other ranks.
-        refused = isinstance(self._method, LocalMethod)
-        return checkpoints.load_latest(self._shared(), world_size_changed="refuse" if refused else "all_ranks")
+        return checkpoints.load_latest(self._shared(), world_size_changed="all_ranks")
 
     def _restore(self, loaded: Loaded) -> None:
         old = loaded.per_rank_of_all
@@ -94,11 +92,10 @@ class RunState:
         )
         self._method.load_state_dict(method)  # first: it knows a state that another method wrote
         own = loaded.per_rank or old.get(self._rank)
+        trained = loaded.shared
         if isinstance(self._method, LocalMethod):
-            assert loaded.per_rank is not None  # another number of ranks was refused
-            trained: Mapping[str, Any] = loaded.per_rank
-        else:
-            trained = loaded.shared
+            # Among other ranks each begins at what all had agreed on, with the optimizer of one of the old ranks.
+            trained = loaded.per_rank or {**loaded.shared, "optimizer": old[self._rank % len(old)]["optimizer"]}
         self._model.load_state_dict(trained["model"])
         options = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(trained["optimizer"])

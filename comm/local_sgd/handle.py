@@ -89,34 +89,43 @@ class LocalSGD:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what state_dict() gave on this rank.
+        """Take back what state_dict() gave on this rank; the model and the optimizer take back their own.
+
+        After another number of ranks, {"all_ranks": [state of old rank 0, ...]}: the model is then put at theta, and
+        what the old ranks have learnt in a round that was under way is lost. The errors are averaged, and their mean
+        kept. The ranks' optimizers are the caller's business.
 
         Raises:
-            ValueError: the state is another method's, another model's, or that of a job with another number of ranks.
+            ValueError: the state is another method's, another model's, or that of another number of ranks.
         """
-        if "step_of_round" not in state:
+        states = state.get("all_ranks", [state])
+        first = states[0]
+        if any("step_of_round" not in one for one in states):
             raise ValueError(
-                f"method: local_sgd cannot continue from {sorted(state) or 'an empty state'}, which another method has "
+                f"method: local_sgd cannot continue from {sorted(first) or 'an empty state'}, which another method has "
                 "written; set `method:` to that one, or start without the checkpoint"
             )
-        if state["size"] != self._queue.size:
+        if "all_ranks" not in state and state["size"] != self._queue.size:
             raise ValueError(
-                f"method: the state was written by {state['size']} ranks, and there are {self._queue.size}: each rank "
-                "has weights and an optimizer of its own, which would have no owner, or would be missing. Start "
-                f"{state['size']} ranks, or begin a new run from the weights of the last exchange"
+                f"method: the state is that of one of {state['size']} ranks, and there are {self._queue.size}; give "
+                'those of all old ranks: {"all_ranks": [...]}'
             )
         for key, held in (("theta", self._theta), ("statistics", self._statistics.agreed)):
-            saved = {name: tuple(value.shape) for name, value in state[key].items()}
+            saved = {name: tuple(value.shape) for name, value in first[key].items()}
             wanted = {name: tuple(value.shape) for name, value in held.items()}
             if saved != wanted:
                 odd = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
                 raise ValueError(f"method: the state is of another model: {key} differ in {', '.join(odd)}")
+        merged = {"all_ranks": [one["exchange"] for one in states]}
+        self._exchange.load_state_dict(merged if "all_ranks" in state else state["exchange"])
+        for key, held in (("theta", self._theta), ("statistics", self._statistics.agreed)):
             for name, value in held.items():
-                value.copy_(state[key][name])
-        self._rounds, self._step_of_round = state["rounds"], state["step_of_round"]
+                value.copy_(first[key][name])
+        self._rounds, self._step_of_round = first["rounds"], first["step_of_round"]
         if self._outer is not None:
-            self._outer.load_state_dict(state["outer"])
-        self._exchange.load_state_dict(state["exchange"])
+            self._outer.load_state_dict(first["outer"])
+        if "all_ranks" in state:
+            self._go_back()
         self._memory_norms = None
 
     def predicted_bytes(self) -> dict[str, int]:
@@ -193,6 +202,7 @@ class LocalSGD:
         mine = torch.tensor([not all(bool(tensor.isfinite().all()) for tensor in held)])
         told = self._queue.submit("control/local_sgd", lambda channel: channel.all_gather_same(mine)).wait()
         self._go_back()
+        self._step_of_round = 0
         raise NonFiniteWeightsError([self._queue.peers[r] for r, bad in enumerate(told.flatten().tolist()) if bad])
 
     @torch.no_grad()
@@ -200,7 +210,6 @@ class LocalSGD:
         for name, parameter in self._parameters.items():
             parameter.copy_(self._theta[name])
         self._statistics.go_back()
-        self._step_of_round = 0
 
     def _average_gradients(self, wanted: bool) -> None:
         """Whether the DDP module exchanges gradients and buffers: what its no_sync() switches for a while."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from thinwire.comm.queue import CommQueue
 from thinwire.comm.two_shot import TwoShotMean
@@ -41,11 +39,6 @@ class Statistics:
         """live <- agreed."""
         for name, buffer in self.live.items():
             buffer.copy_(self.agreed[name])
-
-    def load(self, agreed: Mapping[str, Tensor]) -> None:
-        """Take back a copy of `agreed`; the model's own come back with the model."""
-        for name, buffer in self.agreed.items():
-            buffer.copy_(agreed[name])
 
     def sent_bytes(self, queue: CommQueue) -> dict[int, int]:
         """Payload bytes of one average, by rank of the queue."""
