@@ -115,7 +115,13 @@ def _describe(field: FieldInfo | None) -> str:
 def _bounds(constraints: list[Any]) -> str:
     bounds = []
     for constraint in constraints:
-        for name, words in (("gt", "above"), ("ge", "at least"), ("lt", "below"), ("le", "at most")):
+        for name, words in (
+            ("gt", "above"),
+            ("ge", "at least"),
+            ("lt", "below"),
+            ("le", "at most"),
+            ("multiple_of", "a multiple of"),
+        ):
             if (bound := getattr(constraint, name, None)) is not None:
                 bounds.append(f"{words} {bound}")
         if pattern := getattr(constraint, "pattern", None):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import thinwire as tw
 from thinwire.comm.compress.compressor import Compressor
-from thinwire.comm.compress.compressors import AnyCompressor, parse_compressor
+from thinwire.comm.compress.compressors import AnyCompressor
 from thinwire.comm.compress.decoded import Decoded, Sparse, add_to, to_dense
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.settings import Settings
@@ -185,14 +185,13 @@ def test_powers_of_two_pass_through(compressor: Compressor) -> None:
 def test_damaged_payloads_are_refused_or_valid(
     compressor: Compressor, mutations: Callable[[Tensor], Iterator[Tensor]]
 ) -> None:
-    for shape in ((257,), (24, 33)):
-        payload = compressor.encode(gradient(shape), DRAW)
-        for damaged in mutations(payload):
-            try:
-                decoded = compressor.decode(damaged, torch.Size(shape), DRAW)
-            except PayloadError:
-                continue
-            check_decoded(decoded, math.prod(shape))
+    shape = torch.Size((21, 37))
+    for damaged in mutations(compressor.encode(gradient(shape), DRAW)):
+        try:
+            decoded = compressor.decode(damaged, shape, DRAW)
+        except PayloadError:
+            continue
+        check_decoded(decoded, shape.numel())
 
 
 @every_compressor
@@ -216,11 +215,9 @@ def test_a_name_means_the_defaults() -> None:
     class Holder(Settings):
         compressor: AnyCompressor
 
-    assert parse_compressor("int8") == tw.Int8() == Holder(compressor="int8").compressor  # type: ignore[arg-type]
-    assert parse_compressor("topk") == tw.TopK(density=0.01)
-    assert parse_compressor(tw.Sign(block=64)) == tw.Sign(block=64)
-    with pytest.raises(ValueError, match=r"method.compressor: 'zip' .*\"int8\".*TopK\(density"):
-        parse_compressor("zip", where="method.compressor")
+    assert Holder(compressor="int8").compressor == tw.Int8()  # type: ignore[arg-type]
+    assert Holder(compressor="topk").compressor == tw.TopK(density=0.01)  # type: ignore[arg-type]
+    assert Holder(compressor=tw.Sign(block=64)).compressor == tw.Sign(block=64)
     with pytest.raises(ValueError, match=r"'none', 'bf16', 'fp16', 'int8'"):
         Holder(compressor="zip")  # type: ignore[arg-type]
 
