@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,9 @@ from thinwire.comm.compress.collective import Collective, Job
 from thinwire.comm.compress.collectives.all_gather import AllGather
 from thinwire.comm.compress.collectives.two_shot import TwoShot
 from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors.block_quantized import Int4, Int8, Ternary
+from thinwire.comm.compress.compressors.dense import BF16
+from thinwire.comm.compress.compressors.sign import Sign
 from thinwire.comm.compress.decoded import to_dense
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.errors import PeerFailedError
@@ -69,7 +73,7 @@ def two_shot_reference(
 ) -> tuple[Tensor, list[Tensor]]:
     """The mean, and what each rank contributed, of the joined tensors."""
     size = len(flats)
-    splits = split_evenly(flats[0].numel(), size, 48 if compressor.granule > 1 else 16)
+    splits = split_evenly(flats[0].numel(), size, math.lcm(16, compressor.granule))
     means, contributed = [], [[] for _ in flats]
     for owner, parts in enumerate(zip(*(flat.split(splits) for flat in flats), strict=True)):
         name = f"tensor0/slice{owner}"
@@ -89,8 +93,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("cell", [1, 24])
-@pytest.mark.parametrize("one_bucket", [False, True])
-@pytest.mark.parametrize("rounds_from_bytes", [1 << 18, 0])
+@pytest.mark.parametrize(("one_bucket", "rounds_from_bytes"), [(False, 1 << 18), (True, 0)])
 def test_two_shot_encodes_twice_and_adds_in_rank_order(
     size: int, cell: int, one_bucket: bool, rounds_from_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,10 +106,24 @@ def test_two_shot_encodes_twice_and_adds_in_rank_order(
         assert torch.equal(flat(outcome.contributed), expected)
 
 
-def test_two_shot_with_weights_and_an_absent_rank() -> None:
+@pytest.mark.parametrize("server_error", [False, True])
+@pytest.mark.parametrize(
+    "compressor",
+    [Int8(), Int8(block=24, rounding="stochastic"), Int4(block=8), Ternary(), Sign(block=32), BF16()],
+    ids=lambda compressor: f"{compressor.kind}-{compressor.granule}",
+)
+def test_two_shot_sums_codes_as_it_would_sum_what_they_stand_for(compressor: Compressor, server_error: bool) -> None:
+    outcomes = call(3, lambda: TwoShot(compressor, server_error=server_error), one_bucket=True)
+    mean, contributed = two_shot_reference(compressor, [flat(inputs_of(r)) for r in range(3)], 0, [1.0] * 3)
+    assert torch.equal(flat(outcomes[0].outputs), mean)
+    assert torch.equal(flat(outcomes[2].contributed), contributed[2])
+
+
+@pytest.mark.parametrize("compressor", [ToyGrid(), Int8(block=24)], ids=["toy", "int8"])
+def test_two_shot_with_weights_and_an_absent_rank(compressor: Compressor) -> None:
     weights = [0.5, 0.0, 2.0]
-    outcomes = call(3, lambda: TwoShot(ToyGrid()), weights=weights)
-    mean, contributed = two_shot_reference(ToyGrid(), [flat(inputs_of(r)) for r in range(3)], 0, weights)
+    outcomes = call(3, lambda: TwoShot(compressor), weights=weights)
+    mean, contributed = two_shot_reference(compressor, [flat(inputs_of(r)) for r in range(3)], 0, weights)
     assert torch.equal(flat(outcomes[0].outputs), mean)
     assert torch.equal(flat(outcomes[2].contributed), contributed[2])
     assert not flat(outcomes[1].contributed).any()

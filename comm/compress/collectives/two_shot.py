@@ -24,8 +24,9 @@ from thinwire.comm.compress.collectives.contribution import (
 )
 from thinwire.comm.compress.collectives.flat import as_one, copy_back, joined, split_like
 from thinwire.comm.compress.collectives.owner_errors import OwnerErrors
+from thinwire.comm.compress.collectives.reduce import mean_of_payloads
 from thinwire.comm.compress.compressor import Compressor
-from thinwire.comm.compress.decoded import Decoded, add_to, to_dense
+from thinwire.comm.compress.decoded import Decoded, to_dense
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.two_shot import is_worth_rounds, split_evenly
 from thinwire.comm.wire import FLAG_NOT_FINITE, Message
@@ -81,7 +82,8 @@ class TwoShot:
         broken = any(message.flags & FLAG_NOT_FINITE for message in incoming)
         reduced = flat.new_zeros(splits[rank])
         if not broken:
-            self._reduce(incoming, reduced, draws[rank], weights)
+            payloads_of_slice = [message.sections[0] if message.sections else None for message in incoming]
+            mean_of_payloads(self.compressor, payloads_of_slice, reduced, draws[rank], weights)
         means = self._from_owners(channel, job, reduced, splits, draws[rank], broken)
         if any(message.flags & FLAG_NOT_FINITE for message in means):
             fill_with_nan(job.outputs)
@@ -161,12 +163,6 @@ class TwoShot:
         in_rounds = is_worth_rounds(self._length(splits[0]))
         channel.all_to_all(received, torch.cat(outgoing), slots, [x.numel() for x in outgoing], in_rounds=in_rounds)
         return self._envelope.unpack(received, lengths, absent, 1)
-
-    def _reduce(self, messages: Sequence[Message], out: Tensor, draw: Draw, weights: Sequence[float]) -> None:
-        for sender, (message, weight) in enumerate(zip(messages, weights, strict=True)):
-            if weight:
-                add_to(out, self._decode(message.sections[0], out.numel(), draw, sender), weight)
-        out.mul_(1.0 / len(messages))
 
     def _from_owners(
         self, channel: Channel, job: Job, reduced: Tensor, splits: Sequence[int], draw: Draw, broken: bool
