@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from thinwire.comm.compress.compressors.threshold import Threshold as Threshold
     from thinwire.comm.compress.compressors.top_k import TopK as TopK
     from thinwire.comm.compress.door import compress as compress
+    from thinwire.comm.compress.feedback.classic import EF as EF
+    from thinwire.comm.compress.feedback.dgc import DGC as DGC
+    from thinwire.comm.compress.feedback.econtrol import EControl as EControl
+    from thinwire.comm.compress.feedback.ef21 import EF21 as EF21
+    from thinwire.comm.compress.feedback.ef21 import EF21BC as EF21BC
+    from thinwire.comm.compress.feedback.ef21_variants import EF21PP as EF21PP
+    from thinwire.comm.compress.feedback.ef21_variants import EF21SGDM as EF21SGDM
+    from thinwire.comm.compress.feedback.ef21_weighted import EF21W as EF21W
     from thinwire.comm.compress.standalone import CompressedMean as CompressedMean
     from thinwire.comm.errors import CommError as CommError
     from thinwire.comm.errors import NonFiniteWeightsError as NonFiniteWeightsError
@@ -37,7 +45,15 @@ _PUBLIC = {
     "BF16": "thinwire.comm.compress.compressors.dense",
     "CommError": "thinwire.comm.errors",
     "CompressedMean": "thinwire.comm.compress.standalone",
+    "DGC": "thinwire.comm.compress.feedback.dgc",
     "Dense": "thinwire.comm.compress.compressors.dense",
+    "EControl": "thinwire.comm.compress.feedback.econtrol",
+    "EF": "thinwire.comm.compress.feedback.classic",
+    "EF21": "thinwire.comm.compress.feedback.ef21",
+    "EF21BC": "thinwire.comm.compress.feedback.ef21",
+    "EF21PP": "thinwire.comm.compress.feedback.ef21_variants",
+    "EF21SGDM": "thinwire.comm.compress.feedback.ef21_variants",
+    "EF21W": "thinwire.comm.compress.feedback.ef21_weighted",
     "FP16": "thinwire.comm.compress.compressors.dense",
     "Int4": "thinwire.comm.compress.compressors.block_quantized",
     "Int8": "thinwire.comm.compress.compressors.block_quantized",
