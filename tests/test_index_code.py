@@ -38,7 +38,7 @@ def check(places: Tensor, numel: int) -> Tensor:
 
 
 def in_each_form() -> dict[int, tuple[Tensor, int]]:
-    spread = torch.arange(8 * 256 + 3)
+    spread = torch.arange(63)
     gaps = np.random.default_rng(1).integers(0, 90, 1500) * np.repeat([1, 40, 3, 1000, 1, 17], 250) + 1
     return {
         RAW: (torch.tensor([3, 70, 201]), 256),
@@ -110,7 +110,7 @@ def test_random_sets_cost_what_rice_codes_cost(density, table_bits) -> None:
     assert bits / count <= 1.015 * limit_bits(numel, count) / count
 
 
-@pytest.mark.parametrize(("count", "most_bits"), [(64, 7.52), (32, 8.53)])
+@pytest.mark.parametrize(("count", "most_bits"), [(64, 7.49), (32, 8.49)])
 def test_a_fixed_count_in_each_chunk_costs_little_more_than_its_own_limit(count, most_bits) -> None:
     chunks = 500
     order = np.random.default_rng(0).random((chunks, 4096)).argpartition(count, axis=1)[:, :count]
@@ -120,7 +120,7 @@ def test_a_fixed_count_in_each_chunk_costs_little_more_than_its_own_limit(count,
 
 
 def test_clustered_sets_cost_less_than_random_ones() -> None:
-    """Each block has a parameter of its own: dense and empty stretches each get theirs."""
+    """Each block has a divisor of its own: dense and empty stretches each get theirs."""
     chance = np.random.default_rng(0)
     wanted = np.repeat(chance.choice([0.0002, 0.2], 200, p=[0.9, 0.1]), 5000)
     places = torch.from_numpy(np.flatnonzero(chance.random(wanted.size) < wanted))

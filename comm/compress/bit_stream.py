@@ -12,8 +12,6 @@ from thinwire.comm.wire import PayloadError
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Ints: TypeAlias = npt.NDArray[np.int64]
 
-BLOCK = 256
-
 
 class Reader:
     """Takes bytes from the front of a buffer, never more than there are."""
@@ -54,35 +52,41 @@ def bytes_of_bits(bits: int) -> int:
     return -(-bits // 8)
 
 
-def block_count(count: int) -> int:
-    return -(-count // BLOCK)
+def block_count(count: int, block: int) -> int:
+    return -(-count // block)
 
 
-def in_blocks(values: npt.NDArray[np.signedinteger], dtype: npt.DTypeLike = np.int64) -> npt.NDArray[np.signedinteger]:
-    """(count,) -> (blocks, 256), the end padded with zeros."""
-    padded = np.zeros(block_count(values.size) * BLOCK, dtype=dtype)
+def in_blocks(
+    values: npt.NDArray[np.signedinteger], block: int, dtype: npt.DTypeLike = np.int64
+) -> npt.NDArray[np.signedinteger]:
+    """(count,) -> (blocks, block), the end padded with zeros."""
+    padded = np.zeros(block_count(values.size, block) * block, dtype=dtype)
     padded[: values.size] = values
-    return padded.reshape(-1, BLOCK)
+    return padded.reshape(-1, block)
 
 
 def pack_low_bits(blocks: npt.NDArray[np.signedinteger], widths: Ints, count: int) -> list[Bytes]:
     """The low widths[i] bits of each value of block i: first bits 0..7 of all blocks, then 8..15, and so on.
 
     A plane holds the blocks in order, each at a whole byte, its values LSB first; it ends with value count - 1.
+
+    Args: blocks, (blocks, block), as in_blocks() gives; block is a multiple of 8.
     """
-    return [_pack(blocks >> shift, digits, count) for shift, digits in _planes(widths)]
+    block = blocks.shape[1]
+    return [_pack(blocks >> shift, digits)[: _plane_bytes(digits, count, block)] for shift, digits in _planes(widths)]
 
 
-def unpack_low_bits(reader: Reader, widths: Ints, count: int) -> npt.NDArray[np.int64]:
+def unpack_low_bits(reader: Reader, widths: Ints, count: int, block: int) -> npt.NDArray[np.int64]:
     """What pack_low_bits() packed: (count,)."""
     values = np.zeros(count, dtype=np.int64)
     for shift, digits in _planes(widths):
-        values |= _unpack(reader.take(_plane_bytes(digits, count)), digits)[:count].astype(np.int64) << shift
+        plane = _unpack(reader.take(_plane_bytes(digits, count, block)), digits, block)
+        values |= plane[:count].astype(np.int64) << shift
     return values
 
 
-def low_bits_bytes(widths: Ints, count: int) -> int:
-    return sum(_plane_bytes(digits, count) for _, digits in _planes(widths))
+def low_bits_bytes(widths: Ints, count: int, block: int) -> int:
+    return sum(_plane_bytes(digits, count, block) for _, digits in _planes(widths))
 
 
 def pack_unary(values: npt.NDArray[np.signedinteger]) -> Bytes:
@@ -109,15 +113,14 @@ def _planes(widths: Ints) -> list[tuple[int, Ints]]:
     return [(shift, np.clip(widths - shift, 0, 8)) for shift in range(0, int(widths.max()), 8)]
 
 
-def _plane_bytes(digits: Ints, count: int) -> int:
-    last = count - (digits.size - 1) * BLOCK
-    return int(digits[:-1].sum()) * (BLOCK // 8) + bytes_of_bits(last * int(digits[-1]))
+def _plane_bytes(digits: Ints, count: int, block: int) -> int:
+    last = count - (digits.size - 1) * block
+    return int(digits[:-1].sum()) * (block // 8) + bytes_of_bits(last * int(digits[-1]))
 
 
-def _pack(blocks: npt.NDArray[np.signedinteger], digits: Ints, count: int) -> Bytes:
+def _pack(blocks: npt.NDArray[np.signedinteger], digits: Ints) -> Bytes:
     """The low digits[i] <= 8 bits of each value of block i."""
-    sizes = digits * (BLOCK // 8)
-    owner = np.repeat(digits.astype(np.uint8), sizes)
+    owner = _owner(digits, blocks.shape[1])
     packed = np.empty(owner.size, dtype=np.uint8)
     for width in _distinct(digits):
         # Eight values fill `width` bytes, and fit into one word.
@@ -126,13 +129,13 @@ def _pack(blocks: npt.NDArray[np.signedinteger], digits: Ints, count: int) -> By
         for place in range(8):
             words |= chosen[:, place].astype(np.uint64) << np.uint64(width * place)
         packed[owner == width] = words.view(np.uint8).reshape(-1, 8)[:, :width].reshape(-1)
-    return packed[: _plane_bytes(digits, count)]
+    return packed
 
 
-def _unpack(packed: Bytes, digits: Ints) -> Bytes:
-    """What _pack() packed: (blocks * 256,)."""
-    values = np.zeros((digits.size, BLOCK), dtype=np.uint8)
-    owner = np.repeat(digits.astype(np.uint8), digits * (BLOCK // 8))
+def _unpack(packed: Bytes, digits: Ints, block: int) -> Bytes:
+    """What _pack() packed, maybe without its end, which is then zeros: (blocks * block,)."""
+    values = np.zeros((digits.size, block), dtype=np.uint8)
+    owner = _owner(digits, block)
     whole = np.zeros(owner.size, dtype=np.uint8)
     whole[: packed.size] = packed
     for width in _distinct(digits):
@@ -143,8 +146,13 @@ def _unpack(packed: Bytes, digits: Ints) -> Bytes:
         unpacked = np.empty((len(chosen), 8), dtype=np.uint8)
         for place in range(8):
             unpacked[:, place] = (words >> np.uint64(width * place)) & np.uint64((1 << width) - 1)
-        values[digits == width] = unpacked.reshape(-1, BLOCK)
+        values[digits == width] = unpacked.reshape(-1, block)
     return values.reshape(-1)
+
+
+def _owner(digits: Ints, block: int) -> Bytes:
+    """For each packed byte, how many bits each value of its block has."""
+    return np.repeat(digits.astype(np.uint8), digits * (block // 8))
 
 
 def _distinct(digits: Ints) -> list[int]:

@@ -2,14 +2,14 @@
 
 k of N places cost log2 C(N, k) bits at least, about log2(N/k) + 1.44 each. Wherever the set comes from, be it k of
 each chunk of 4096 or the largest of a whole bucket, it is coded as one ascending list: gaps do not see the borders of
-chunks, and a table for every 256 gaps costs less than one for every chunk.
+chunks, and parameters are shared by as many gaps as is best, not by those of a chunk.
 
 A payload is a byte that names its form, and the smallest of four forms, all little-endian and LSB first:
 
     RAW          each index in as many bytes as numel - 1 needs
     BITMAP       a bit for each place
     ELIAS_FANO   u8 b, size, low b bits of each index, unary differences of the rest (Elias 1974, Fano 1971)
-    RICE         see rice_code.py; a bit longer than ELIAS_FANO at most, but for its table
+    RICE         see rice_code.py; but for its table never longer than ELIAS_FANO
 
 No index at all, or all of them, take no byte: the count says it.
 """
@@ -23,7 +23,6 @@ from torch import Tensor
 from thinwire.comm.compress.bit_stream import (
     Ints,
     Reader,
-    block_count,
     bytes_of_bits,
     in_blocks,
     low_bits_bytes,
@@ -54,7 +53,7 @@ def encode_indices(indices: Tensor, numel: int) -> Tensor:
     rice = RiceCode(places)
     low = _elias_fano_width(numel, count)
     unary_bytes = bytes_of_bits(count + (int(places[-1]) >> low))
-    low_bytes = low_bits_bytes(_equal_widths(low, count), count)
+    low_bytes = low_bits_bytes(np.array([low]), count, _one_block(count))
     sizes = {
         RAW: count * _index_bytes(numel),
         BITMAP: bytes_of_bits(numel),
@@ -71,7 +70,7 @@ def encode_indices(indices: Tensor, numel: int) -> Tensor:
     elif form == ELIAS_FANO:
         unary = pack_unary(np.diff(places >> low, prepend=0))
         parts = [np.array([low], np.uint8), write_size(unary.size)]
-        parts += [*pack_low_bits(in_blocks(places), _equal_widths(low, count), count), unary]
+        parts += [*pack_low_bits(in_blocks(places, _one_block(count)), np.array([low]), count), unary]
     else:
         parts = rice.write()
     payload = np.concatenate([np.array([form], np.uint8), *parts])
@@ -128,7 +127,7 @@ def _read_elias_fano(reader: Reader, numel: int, count: int) -> Ints:
     size = reader.take_size()
     if low != _elias_fano_width(numel, count) or count > 8 * size:
         raise PayloadError(f"{count} indices among {numel} with {low} low bits and {size} bytes for the rest")
-    places = unpack_low_bits(reader, _equal_widths(low, count), count)
+    places = unpack_low_bits(reader, np.array([low]), count, _one_block(count))
     high = np.cumsum(unpack_unary(reader.take(size), count))
     if high[-1] > (numel - 1) >> low:
         raise PayloadError(f"an index that is not below {numel}")
@@ -144,5 +143,5 @@ def _elias_fano_width(numel: int, count: int) -> int:
     return (numel // count).bit_length() - 1
 
 
-def _equal_widths(width: int, count: int) -> Ints:
-    return np.full(block_count(count), width, dtype=np.int64)
+def _one_block(count: int) -> int:
+    return -(-count // 8) * 8
