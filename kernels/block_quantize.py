@@ -23,6 +23,7 @@ from thinwire.kernels.code_planes import (
 )
 from thinwire.kernels.counter_random import WordMaker, dither_reference
 from thinwire.kernels.decode_planes import decode_planes
+from thinwire.kernels.quantize_on_gpu import launch_quantize
 
 BITS = (8, 4, 2)
 ZERO_BELOW = 2.0**-100  # a block whose largest magnitude is smaller counts as zero: its inverse could overflow
@@ -74,6 +75,9 @@ def quantize(
         made = quantize_reference(x, bits=bits, block=block, rounding=rounding, key=key, offset=offset)
         codes.copy_(made[0])
         scales.copy_(made[1])
+    elif x.device.type == "cuda" and x.numel():
+        stochastic = rounding == "stochastic"
+        launch_quantize(x, None, codes, scales, bits=bits, block=block, stochastic=stochastic, key=key, offset=offset)
     elif x.numel():
         tile = BlockTile(bits, block, rounding, key)
         for start, stop in tiles(x.numel(), block):
@@ -119,6 +123,11 @@ def quantize_with_feedback(
         codes.copy_(made[0])
         scales.copy_(made[1])
         next_memory.sub_(decode_reference(codes, scales, bits=bits, block=block, numel=gradient.numel()))
+    elif gradient.device.type == "cuda" and gradient.numel():
+        feedback, stochastic = (memory, next_memory), rounding == "stochastic"
+        launch_quantize(
+            gradient, feedback, codes, scales, bits=bits, block=block, stochastic=stochastic, key=key, offset=offset
+        )
     elif gradient.numel():
         tile = BlockTile(bits, block, rounding, key)
         for start, stop in tiles(gradient.numel(), block):

@@ -14,6 +14,7 @@ from thinwire.kernels.code_planes import (
     scales_count,
     tiles,
 )
+from thinwire.kernels.quantize_on_gpu import launch_reduce
 
 
 def decode_planes(
@@ -27,6 +28,10 @@ def decode_planes(
     check_plane(kernel, "out", out, (numel,), codes.device, torch.float32)
     if needs_reference(kernel, codes.device, block):
         return out.copy_(decode_reference(codes, scales, bits=bits, block=block, numel=numel))
+    if codes.device.type == "cuda":
+        if numel:
+            launch_reduce(codes[None], scales[None], out, None, numel=numel, factor=1.0, bits=bits, block=block)
+        return out
     for start, stop in tiles(numel, block):
         decode_tile(
             codes[codes_bytes(start, bits) : codes_bytes(stop, bits)],

@@ -23,6 +23,7 @@ from thinwire.kernels.code_planes import (
     scales_count,
     tiles,
 )
+from thinwire.kernels.quantize_on_gpu import launch_reduce
 from thinwire.kernels.sign_quantize import SignTile, quantize_sign_reference
 
 
@@ -59,6 +60,10 @@ def dequantize_reduce(
     check_plane("dequantize_reduce", "out", out, (numel,), codes.device, torch.float32)
     if needs_reference("dequantize_reduce", codes.device, block):
         return out.copy_(_sum_reference(codes, scales, bits, block, numel, factor))
+    if codes.device.type == "cuda":
+        if numel:
+            launch_reduce(codes, scales, out, None, numel=numel, factor=factor, bits=bits, block=block)
+        return out
     summing = _SumTile(codes, scales, bits, block, factor)
     for start, stop in tiles(numel, block):
         summing.sum(start, stop, out[start:stop])
@@ -103,6 +108,20 @@ def dequantize_reduce_quantize(
             made = quantize_reference(total, bits=bits, block=block, rounding=rounding, key=key, offset=offset)
         out_codes.copy_(made[0])
         out_scales.copy_(made[1])
+    elif codes.device.type == "cuda" and numel:
+        launch_reduce(
+            codes,
+            scales,
+            out_codes,
+            out_scales,
+            numel=numel,
+            factor=factor,
+            bits=bits,
+            block=block,
+            stochastic=rounding == "stochastic",
+            key=key,
+            offset=offset,
+        )
     elif numel:
         summing, scratch = _SumTile(codes, scales, bits, block, factor), torch.empty(max(TILE, block))
         signs, numbers = SignTile(block), BlockTile(max(bits, 2), block, rounding, key)

@@ -18,6 +18,7 @@ from thinwire.kernels.code_planes import (
     tiles,
 )
 from thinwire.kernels.decode_planes import decode_planes
+from thinwire.kernels.quantize_on_gpu import launch_quantize
 
 
 def quantize_sign(
@@ -51,6 +52,8 @@ def quantize_sign(
         made = quantize_sign_reference(x, block=block)
         bits.copy_(made[0])
         scales.copy_(made[1])
+    elif x.device.type == "cuda" and x.numel():
+        launch_quantize(x, None, bits, scales, bits=1, block=block)
     elif x.numel():
         tile = SignTile(block)
         for start, stop in tiles(x.numel(), block):
@@ -91,6 +94,8 @@ def quantize_sign_with_feedback(
         bits.copy_(made[0])
         scales.copy_(made[1])
         next_memory.sub_(decode_reference(bits, scales, bits=1, block=block, numel=gradient.numel()))
+    elif gradient.device.type == "cuda" and gradient.numel():
+        launch_quantize(gradient, (memory, next_memory), bits, scales, bits=1, block=block)
     elif gradient.numel():
         tile = SignTile(block)
         for start, stop in tiles(gradient.numel(), block):

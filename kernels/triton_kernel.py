@@ -59,7 +59,6 @@ class TritonPart:
     def jitted(self) -> Any:
         import triton
 
-        _give_language(self.function.__globals__)
         return triton.jit(self.function)
 
 
@@ -69,6 +68,7 @@ def _give_language(module: dict[str, Any]) -> None:
     for name, value in list(module.items()):
         if isinstance(value, TritonPart):
             module[name] = value.jitted
+            _give_language(value.function.__globals__)
 
 
 triton_part = TritonPart
