@@ -24,7 +24,8 @@ def test_every_ready_made_file_loads_and_has_the_parameters_it_says(path: Path) 
     for world_size in (1, 2, 4, 8):
         config.train.share(world_size)
     model = build_model(config.model, tokenizer_vocab=256, seed=0, device=torch.device("meta"))
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(MILLIONS[path.stem], abs=0.005)
+    millions = MILLIONS.get(path.stem, MILLIONS["gpt_3m"])  # files that show a method train that one
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
 def test_all_sizes_are_there() -> None:
