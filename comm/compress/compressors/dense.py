@@ -30,6 +30,12 @@ class _Cast(Compressor):
         values = plane(payload, 0, shape.numel(), self.dtype)
         return need_finite(values.to(torch.float32, copy=True), type(self).__name__)
 
+    def encode_with_feedback(self, gradient: Tensor, memory: Tensor, next_memory: Tensor, draw: Draw) -> Tensor:
+        torch.add(gradient, memory, out=next_memory)
+        payload = self.encode(next_memory, draw)
+        next_memory.view(-1).sub_(payload.view(self.dtype).to(torch.float32))
+        return payload
+
 
 class Dense(_Cast):
     """Every element as fp32: nothing is lost and nothing is saved."""

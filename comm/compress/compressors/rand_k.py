@@ -67,18 +67,22 @@ class RandK(Compressor):
 
     def encode(self, tensor: Tensor, draw: Draw) -> Tensor:
         flat = tensor.view(-1)
-        kept = flat[self.places(flat.numel(), draw).to(flat.device)]
-        return encode_values(kept, written_as(self.values, len(kept)), draw.own_key())
+        return self._write(flat[self.places(flat.numel(), draw).to(flat.device)], draw)
 
     def decode(self, payload: Tensor, shape: torch.Size, draw: Draw) -> Sparse:
-        name = type(self).__name__
-        need_bytes(payload, self.payload_bytes(shape), name)
+        need_bytes(payload, self.payload_bytes(shape), "RandK")
         numel = shape.numel()
         places = self.places(numel, draw).to(payload.device)
-        values, _ = decode_values(payload, len(places), written_as(self.values, len(places)))
-        if self.unbiased:
-            values = values * (numel / len(places))
-        return Sparse(numel, places, need_finite(values, name))
+        return Sparse(numel, places, need_finite(self._read(payload, len(places), numel), "RandK"))
+
+    def encode_with_feedback(self, gradient: Tensor, memory: Tensor, next_memory: Tensor, draw: Draw) -> Tensor:
+        torch.add(gradient, memory, out=next_memory)
+        flat = next_memory.view(-1)
+        places = self.places(flat.numel(), draw).to(flat.device)
+        kept = flat[places]
+        payload = self._write(kept, draw)
+        flat[places] = kept - self._read(payload, len(places), flat.numel())
+        return payload
 
     def places(self, numel: int, draw: Draw) -> Tensor:
         """The indices, int64 (k,), ascending, on the CPU: a set of k, each as likely as any other."""
@@ -92,6 +96,13 @@ class RandK(Compressor):
             return 2 - numel / count if self.values == "fp32" and 2 * count > numel else None
         of_values = values_contraction(self.values, count)
         return None if of_values is None else count / numel * of_values
+
+    def _write(self, kept: Tensor, draw: Draw) -> Tensor:
+        return encode_values(kept, written_as(self.values, len(kept)), draw.own_key())
+
+    def _read(self, payload: Tensor, count: int, numel: int) -> Tensor:
+        values, _ = decode_values(payload, count, written_as(self.values, count))
+        return values * (numel / count) if self.unbiased else values
 
 
 def random_subset(numel: int, count: int, generator: torch.Generator) -> Tensor:
