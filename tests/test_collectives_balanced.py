@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from collective_cases import SHAPES, Outcome, all_nan, call, call_on, inputs_of, same_bits
+from collective_cases import SHAPES, Outcome, call, call_on, inputs_of, same_bits
 from ranks import Rank, run_ranks
 from torch import Tensor
 
@@ -42,11 +42,10 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 @pytest.mark.parametrize("values", TOLERANCE)
-@pytest.mark.parametrize("weights", [None, [0.5, 0.0, 2.0]], ids=["plain", "weighted"])
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("size", "weights"), [(1, None), (2, None), (3, None), (3, [0.5, 0.0, 2.0]), (5, None)], ids=str
+)
 def test_it_is_the_largest_sums_of_what_the_ranks_keep(size: int, weights: list[float] | None, values: str) -> None:
-    if weights and size != 3:
-        weights = [1.0] * size
     compressor = TopK(density=0.2, values=values)
     outcomes = call(size, lambda: Balanced(compressor), weights=weights)
     w = weights or [1.0] * size
@@ -78,26 +77,6 @@ def test_memories_give_what_adding_before_and_subtracting_after_gives(compressor
     for r in range(3):
         left = [c - sent.view_as(c) for c, sent in zip(sums(r), plain[r].contributed, strict=True)]
         assert same_bits(fused[r].next_memories, left)
-
-
-@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 1.0]], ids=["plain", "absent"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_one_bad_input_is_known_everywhere(bad: float, weights: list[float] | None) -> None:
-    def inputs(rank: int) -> list[Tensor]:
-        tensors = inputs_of(rank)
-        if rank == 1:
-            tensors[3].view(-1)[5] = bad
-        return tensors
-
-    for outcome in call(3, lambda: Balanced(TopK(density=0.2)), inputs, weights=weights):
-        assert outcome.contributed is None
-        assert all_nan(outcome.outputs)
-
-
-def test_a_sum_that_overflows_counts_as_not_finite() -> None:
-    for outcome in call(3, lambda: Balanced(TopK(density=1.0)), lambda rank: [torch.full((9,), 3e38)]):
-        assert outcome.contributed is None
-        assert all_nan(outcome.outputs)
 
 
 def clustered(rank: int, step: int, numel: int) -> Tensor:

@@ -132,11 +132,7 @@ class Balanced:
         if last:
             return {r: last[r] for r in others}
         numels = [torch.Size(shape).numel() for shape in shapes.values()]
-        wanted = self._wanted(numels)
-        if not wanted or not others:
-            return dict.fromkeys(others, 0)
-        part, bits = -(-wanted // size), index_bits(wanted / sum(numels))
-        each = slot_bytes(expected_bytes(part, sum(numels) // size, self.compressor.values, bits)) + _LENGTH_BYTES
+        each = slot_bytes(self._expected_bytes(numels, size)) + _LENGTH_BYTES
         return dict.fromkeys(others, 2 * each)
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,6 +153,12 @@ class Balanced:
 
     def _wanted(self, numels: Sequence[int]) -> int:
         return sum(self.compressor.expected_count(numel) for numel in numels if numel)
+
+    def _expected_bytes(self, numels: Sequence[int], size: int) -> int:
+        """Length of the message about one region, if entries are spread evenly and no more than wanted."""
+        wanted, numel = self._wanted(numels), sum(numels)
+        bits = index_bits(wanted / numel) if wanted else 0.0
+        return expected_bytes(-(-wanted // size), self.compressor.values, bits)
 
     def _choose(self, flat: Tensor, job: Job) -> tuple[Tensor, Tensor]:
         """What this rank would keep of its tensors: places in the joined one, ascending, and values."""
@@ -221,7 +223,8 @@ class Balanced:
         if _NOT_FINITE in lengths:
             return None, own
         _check_lengths(lengths, [regions[rank + 1] - regions[rank]] * len(lengths))
-        received = call.swap([slot for _, slot in packed], lengths)
+        in_rounds = is_worth_rounds(self._expected_bytes([x.numel() for x in job.inputs], len(lengths)))
+        received = call.swap([slot for _, slot in packed], lengths, in_rounds=in_rounds)
         return self._envelope.unpack(received, lengths, absent, SECTIONS), own
 
     def _reduce(
@@ -310,12 +313,12 @@ class _Call:
         found: list[int] = incoming.tolist()
         return found
 
-    def swap(self, slots: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
+    def swap(self, slots: Sequence[Tensor], lengths: Sequence[int], *, in_rounds: bool) -> Tensor:
         """Send each rank its slot; the slots from all, of messages of these lengths, one after another."""
         incoming = [slot_bytes(length) for length in lengths]
         received = torch.empty(sum(incoming), dtype=torch.uint8, device=slots[0].device)
         outgoing = [len(slot) for slot in slots]
-        self.channel.all_to_all(received, torch.cat(list(slots)), incoming, outgoing)
+        self.channel.all_to_all(received, torch.cat(list(slots)), incoming, outgoing, in_rounds=in_rounds)
         self._count(outgoing)
         return received
 

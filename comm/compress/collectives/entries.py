@@ -49,6 +49,6 @@ def most_bytes(numel: int) -> int:
     return message_bytes([8, numel // 8 + 16, 4 * numel + 16])
 
 
-def expected_bytes(count: int, numel: int, kind: ValueKind, bits_per_index: float) -> int:
+def expected_bytes(count: int, kind: ValueKind, bits_per_index: float) -> int:
     """Length of a message with this many entries, about."""
     return message_bytes([8, round(count * bits_per_index / 8), values_bytes(count, written_as(kind, count))])
