@@ -21,8 +21,8 @@ class BlockQuantized(Compressor):
     """C(x)_i = s round(x_i / s) with s = max |x_j| / levels over the block of i.
 
     The range is symmetric, -levels to levels, so that the largest element of a block comes back whole whatever its
-    sign. A block of zeros has scale 0. Payload: fp32 scales, then codes in two's complement, several to a byte, the
-    first in the low bits.
+    sign. A block of zeros has scale 0, and so has one whose elements are all below 2^-100 (8e-31). Payload: fp32
+    scales, then codes in two's complement, several to a byte, the first in the low bits.
 
     Attributes:
         block: elements that share a scale.
