@@ -73,6 +73,20 @@ def test_all_gather_is_the_rank_ordered_mean_of_what_is_decoded(
             assert torch.equal(outcome.contributed[i], torch.zeros_like(terms[r]) if absent else terms[r])
 
 
+@pytest.mark.parametrize("compressor", [ToyTop(), ToyTop(threshold=1e9), ToyTop(threshold=0.0)], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_each_element_is_the_mean_over_the_ranks_that_sent_it(compressor: Compressor, size: int) -> None:
+    outcomes = call(size, lambda: AllGather(compressor, contributors_only=True))
+    for i in range(len(SHAPES)):
+        terms = [coded(compressor, inputs_of(r)[i], draws_of(r)[i]) for r in range(size)]
+        total = terms[0].clone()
+        for term in terms[1:]:
+            total += term
+        senders = torch.stack([(term != 0).float() for term in terms]).sum(0)
+        for outcome in outcomes:
+            assert torch.equal(outcome.outputs[i].view(-1), total / senders.clamp(min=1))
+
+
 def two_shot_reference(
     compressor: Compressor, flats: list[Tensor], step: int, weights: list[float], errors: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:

@@ -36,7 +36,7 @@ class LocalSGDSettings(Settings):
     every: optimizer steps between two exchanges; train.steps must be a multiple.
     outer: average, {kind: nesterov, lr: 0.7, momentum: 0.9} or {kind: sgd, lr: 1.0}; a name alone means its defaults.
     compressor, feedback, collective, dense_below, seed: as in `kind: compress`, but of what a rank has changed since
-    the last exchange.
+    the last exchange. collective contributor_mean divides by the number of ranks that sent an element, not by all.
     bucket_mb: the exchange goes in pieces of about this many MB (10^6 bytes) of fp32.
     """
 
@@ -94,7 +94,9 @@ def local_sgd(
     theta <- theta - lr (d + momentum b), as torch.optim.SGD does it.
     compressor TopK(chunk=4096, k=64, values="2bit") with feedback EF(decay=0.95) and outer "sgd" is SparseLoCo (Sarfi
     et al. 2025, 2508.15706): e <- decay e + d_r, send C(e), e <- e - C(e). There the outer learning rate multiplies d_r
-    before it enters e, here what has been received; the same while it is constant. Peers' norms are not clipped.
+    before it enters e, here what has been received; the same while it is constant. 1/n sum is the paper's mean; with
+    collective "contributor_mean" an element is divided by the number of ranks that sent it, as in the authors' code.
+    Unlike that, nothing is clipped to the median of the ranks' norms.
 
     Each rank keeps the state of its own optimizer. Floating-point buffers that are part of the model's state (batch
     normalisation) are averaged with the weights. Between two exchanges the ranks' models differ: evaluate, and export,

@@ -16,7 +16,7 @@ from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors.low_rank import LowRank
 from thinwire.comm.compress.compressors.rand_k import RandK
 
-CollectiveKind: TypeAlias = Literal["two_shot", "all_gather", "leader_indices", "balanced"]
+CollectiveKind: TypeAlias = Literal["two_shot", "all_gather", "contributor_mean", "leader_indices", "balanced"]
 """The collectives that a setting can name; which compressors each one takes is in build_collective()."""
 
 
@@ -29,10 +29,11 @@ def build_collective(
 ) -> Collective:
     """The collective of a kind for a compressor.
 
-        two_shot        dense elementwise compressors of fixed size: 2 (n-1)/n payloads per rank
-        all_gather      any compressor but lowrank: (n-1) payloads
-        leader_indices  topk, threshold, randk: one rank's places for all, about 2 payloads
-        balanced        topk, threshold: the largest entries of the sum, about 2 payloads
+        two_shot          dense elementwise compressors of fixed size: 2 (n-1)/n payloads per rank
+        all_gather        any compressor but lowrank: (n-1) payloads
+        contributor_mean  topk, threshold: all_gather, but each element is the mean over the ranks that sent it
+        leader_indices    topk, threshold, randk: one rank's places for all, about 2 payloads
+        balanced          topk, threshold: the largest entries of the sum, about 2 payloads
 
     auto: lowrank has a collective of its own; randk goes by leader_indices, dense payloads that can be cut by two_shot,
     and everything else by all_gather.
@@ -66,6 +67,13 @@ def build_collective(
         )
     if chosen == "leader_indices":
         return LeaderIndices(compressor)
+    if chosen == "contributor_mean":
+        if not compressor.sparse or isinstance(compressor, RandK):
+            raise ValueError(
+                f"collective: contributor_mean divides by the number of ranks that sent an element, and {compressor!r} "
+                "sends the same ones on every rank; use topk or threshold, or collective: auto"
+            )
+        return AllGather(compressor, contributors_only=True)
     return Balanced(compressor) if chosen == "balanced" else AllGather(compressor)
 
 

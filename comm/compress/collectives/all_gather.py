@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from thinwire.comm.compress.collectives.contribution import (
     slot_bytes,
 )
 from thinwire.comm.compress.compressor import Compressor
-from thinwire.comm.compress.decoded import Decoded, add_to
+from thinwire.comm.compress.decoded import Decoded, Sparse, add_to
 from thinwire.comm.two_shot import is_worth_rounds
 from thinwire.comm.wire import FLAG_NOT_FINITE, PayloadError, message_bytes
 
@@ -34,12 +35,18 @@ class AllGather:
     A call sends one message, with one section per tensor, to each other rank: (n-1) payloads. So it suits sparse
     payloads on few ranks; its traffic grows with n. Compressors without a fixed size exchange 8 bytes of length first.
 
+    With contributors_only the divisor of an element is not n but the number of ranks that sent it (of weight 0, none
+    has), as SparseLoCo's implementation has it (Sarfi et al. 2025, arXiv 2508.15706), and DeMo's. Where few ranks agree
+    on what is large, the result is up to n times as large as the mean.
+
     Args:
-        compressor: any.
+        compressor: any; with contributors_only a sparse one.
+        contributors_only: divide by the number of contributions.
     """
 
-    def __init__(self, compressor: Compressor) -> None:
+    def __init__(self, compressor: Compressor, *, contributors_only: bool = False) -> None:
         self.compressor = compressor
+        self._contributors_only = contributors_only
         self._envelope = Envelope(compressor)
         self._lengths: dict[tuple[str, ...], list[int]] = {}  # of the last call's messages, by the tensors' names
 
@@ -63,13 +70,18 @@ class AllGather:
         own: list[Decoded] = nothing(job.inputs)
         for i, (output, shape, draw) in enumerate(zip(job.outputs, shapes, job.draws, strict=True)):
             output.zero_()
+            senders = torch.zeros_like(output) if self._contributors_only else None
             for r, (message, weight) in enumerate(zip(messages, weights, strict=True)):
                 if weight:
                     decoded = decode(self.compressor, message.sections[i], shape, draw, sender=r)
                     add_to(output, decoded, weight)
+                    if senders is not None:
+                        add_to(senders, _ones_where_sent(decoded))
                     if r == rank:
                         own[i] = decoded
-            if size > 1:
+            if senders is not None:
+                output.div_(senders.clamp_(min=1.0))
+            elif size > 1:
                 output.mul_(1.0 / size)
         if not are_finite(job.outputs):
             fill_with_nan(job.outputs)
@@ -120,3 +132,9 @@ class AllGather:
             if not 0 < length <= longest:
                 raise PayloadError(f"from rank {r} of the exchange: a message of {length} bytes; at most {longest}")
         return lengths
+
+
+def _ones_where_sent(decoded: Decoded) -> Decoded:
+    if isinstance(decoded, Sparse):
+        return replace(decoded, values=torch.ones_like(decoded.values))
+    return (decoded != 0).to(torch.float32)  # sent whole because that was shorter: zeros are what was not kept
