@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -75,12 +76,22 @@ def _train(config: RunConfig, world: World) -> Outcome:
     if world.rank > 0:
         return trainer.run()
     print(trainer.describe(), flush=True)
+    _print_what_is_logged()
     sinks, seconds_before = _open_sinks(config, trainer.state.step)
     try:
         return trainer.run(sinks, seconds_before)
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _print_what_is_logged() -> None:
+    """Show what the communication layer tells while it works, such as what `compressor: auto` has chosen."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("thinwire")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
 
 
 def _open_sinks(config: RunConfig, finished_steps: int) -> tuple[list[Sink], float]:

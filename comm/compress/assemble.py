@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from thinwire.comm.compress.auto import Auto, measuring_routes
 from thinwire.comm.compress.collective import Collective
 from thinwire.comm.compress.collectives import build_collective
 from thinwire.comm.compress.compressor import Compressor
@@ -43,9 +44,13 @@ def assemble(
             collective = Joined(collective)
         return collective
 
+    if isinstance(settings.compressor, Auto):
+        routes = measuring_routes(shapes, dense_below=settings.dense_below)
+    else:
+        routes = choose_routes(shapes, settings.compressor, dense_below=settings.dense_below)
     return Pipeline(
         shapes,
-        choose_routes(shapes, settings.compressor, dense_below=settings.dense_below),
+        routes,
         feedback,
         build,
         seed=settings.seed,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.feedback import DGC, FeedbackSettings
 from thinwire.comm.compress.feedback.ef21 import EF21BC
+from thinwire.comm.compress.routes import is_global
 
 _COLLECTIVES_WITH_WEIGHTS = ("auto", "all_gather", "two_shot")
 
@@ -46,6 +49,30 @@ def check_combination(
                 f"feedback: {_kind_of(feedback)} weighs the ranks' messages, which "
                 f"{'compressor lowrank' if kind == 'lowrank' else f'collective {collective}'} cannot; give collective: "
                 "all_gather or two_shot with another compressor, or feedback: ef21"
+            )
+
+
+def check_auto(candidates: Sequence[Compressor], feedback: FeedbackSettings, collective: str) -> None:
+    """Refuse what does not go with a compressor that is chosen later.
+
+    Raises:
+        ValueError: says which settings exclude each other, why, and what to give instead.
+    """
+    kind = _kind_of(feedback)
+    if kind not in ("none", "ef"):
+        raise ValueError(
+            f"feedback: {kind} remembers something of every step, but compressor auto sends the first ones dense and "
+            "chooses then; give feedback: ef or none"
+        )
+    if collective != "auto":
+        raise ValueError(
+            f"collective: {collective} does not suit all compressors between which auto chooses; give collective: auto"
+        )
+    for candidate in candidates:
+        if is_global(candidate):
+            raise ValueError(
+                f"compressor.candidates: {_kind_of(candidate)} of scope global takes all tensors together, but auto "
+                "chooses for each; give scope: tensor"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -15,12 +16,14 @@ from torch.optim import Optimizer
 
 from thinwire.comm.channel import Channel
 from thinwire.comm.compress.assemble import assemble
+from thinwire.comm.compress.auto import Auto, Chooser
 from thinwire.comm.compress.pipeline import Pipeline
-from thinwire.comm.compress.routes import describe_routes
+from thinwire.comm.compress.routes import describe_routes, routes_from_plain, routes_to_plain
 from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.queue import CommQueue, Pending
 
 _NORM_BYTES = 8
+_log = logging.getLogger("thinwire")
 
 
 class LossScale(Protocol):
@@ -69,6 +72,10 @@ class CompressedExchange(ABC):
         self._pipeline: Pipeline = assemble(
             settings, shapes, rank=queue.rank, size=queue.size, inner=inner, learning_rate=learning_rate
         )
+        self._chooser: Chooser | None = None
+        if isinstance(settings.compressor, Auto):
+            self._chooser = Chooser(settings.compressor, self._pipeline.build, seed=settings.seed)
+        self._watched: dict[str, Tensor] = {}  # the tensors of the present step, for the chooser
         self._sent_together = [list(shapes)] if self._pipeline.takes_all_at_once else [list(group) for group in groups]
 
     @property
@@ -77,8 +84,14 @@ class CompressedExchange(ABC):
         return bool(self.clip_norm) or self._pipeline.takes_all_at_once
 
     def state_dict(self) -> dict[str, Any]:
-        """Error memories and the like, by parameter name; warm starts and thresholds of the collective."""
-        return self._pipeline.state_dict()
+        """Error memories and the like, by parameter name; warm starts and thresholds of the collective.
+
+        Of compressor auto its choice too; a run that stops before the choice measures anew when it goes on.
+        """
+        state = self._pipeline.state_dict()
+        if isinstance(self.settings.compressor, Auto):
+            state["chosen"] = {} if self._chooser is not None else routes_to_plain(self._pipeline.routes)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what state_dict() gave; or, after another number of ranks, {"all_ranks": [state of rank 0, ...]}.
@@ -94,6 +107,9 @@ class CompressedExchange(ABC):
                 f"method: compress finds {sorted(states[0])} in the checkpoint, which is not its own state; set "
                 "`method:` to the one that wrote it, or start without the checkpoint"
             )
+        if states[0].get("chosen") and isinstance(self.settings.compressor, Auto):
+            self._pipeline.reroute(routes_from_plain(states[0]["chosen"]))
+            self._chooser = None
         if "all_ranks" in state:
             self._pipeline.load_states_of_all_ranks(states, self._queue.rank, self._queue.size)
         else:
@@ -121,7 +137,9 @@ class CompressedExchange(ABC):
 
     def describe(self) -> str:
         """A table: for each tensor the codec, its bytes dense and sent, and why."""
-        return describe_routes(self._pipeline.shapes, self._pipeline.routes)
+        table = describe_routes(self._pipeline.shapes, self._pipeline.routes)
+        warm_up = self.settings.start_step
+        return f"{table}\nbut all tensors dense in the first {warm_up:,} steps" if warm_up else table
 
     @abstractmethod
     def remove(self) -> None:
@@ -130,6 +148,7 @@ class CompressedExchange(ABC):
     def begin(self) -> None:
         """Before the first group of a step; what an interrupted step has left is forgotten."""
         self._under_way = []
+        self._watched = {}
         self._factor = 1.0
         self._scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         self._pipeline.begin_step(self._scale)
@@ -137,6 +156,8 @@ class CompressedExchange(ABC):
     def send(self, number: int, group: Mapping[str, Tensor]) -> Pending[bool]:
         """Exchange the tensors of one group, in place, in the background."""
         tensors = {name: group[name] for name in self._sent_together[number]}
+        if self._chooser is not None:
+            self._watched |= tensors
         pending = self._queue.submit(f"{self._operation}/group{number}", partial(self._exchange, tensors))
         self._under_way.append(pending)
         return pending
@@ -158,7 +179,18 @@ class CompressedExchange(ABC):
         submitted, self._under_way = self._under_way, []
         finite = agree(all([pending.wait() for pending in submitted]))
         self._pipeline.end_step(finite)
+        if finite and self._chooser is not None and self._chooser.observe(self._queue.exposed_s):
+            self._choose(self._chooser)
         return finite
+
+    def _choose(self, chooser: Chooser) -> None:
+        watched, self._watched = self._watched, {}
+        present, groups = self._pipeline.routes, len(self._sent_together)
+        pending = self._queue.submit("control/auto", lambda channel: chooser.choose(channel, watched, present, groups))
+        self._pipeline.reroute(pending.wait())
+        self._chooser = None
+        if self._queue.rank == 0:
+            _log.info("compressor auto has chosen:\n%s", self.describe())
 
     def _exchange(self, tensors: Mapping[str, Tensor], channel: Channel) -> bool:
         return self._pipeline.exchange(channel, tensors, self._factor)

@@ -51,18 +51,22 @@ class Pipeline:
         feedback_sees_dense: bool,
     ) -> None:
         self.shapes = shapes
-        self.routes = routes
         self.feedback = feedback
+        self.build = build
         self.steps = 0
         self.skipped = 0
-        self._build = build
         self._seed = seed
         self._start_step = start_step
         self._feedback_sees_dense = feedback_sees_dense
         self._dense = TwoShotMean(torch.float32)
         self._step = 0  # the present one, or the last
+        self.reroute(routes)
+
+    def reroute(self, routes: Mapping[str, Route]) -> None:
+        """Send each tensor another way from the next step on. Collectives begin anew; the feedback keeps its memory."""
+        self.routes = routes
         compressors = dict.fromkeys(route.compressor for route in routes.values() if route.compressor is not None)
-        self._collectives = {compressor: (compressor, build(compressor)) for compressor in compressors}
+        self._collectives = {compressor: (compressor, self.build(compressor)) for compressor in compressors}
 
     def begin_step(self, scale: float = 1.0) -> None:
         """Before the first group of a step.
@@ -74,7 +78,7 @@ class Pipeline:
         self.feedback.begin_step(self._step, scale)
         for final, (present, _) in self._collectives.items():
             if (wanted := self._with_density(final)) != present:
-                self._collectives[final] = wanted, self._build(wanted)
+                self._collectives[final] = wanted, self.build(wanted)
 
     def exchange(self, channel: Channel, tensors: Mapping[str, Tensor], factor: float = 1.0) -> bool:
         """Replace the tensors of one group by what the optimizer shall see. On the CommQueue's thread.
@@ -174,7 +178,7 @@ class Pipeline:
         self.feedback.load_state_dict(state["feedback"])
         for final, saved in self._collectives_of(state).items():
             present = type(final).model_validate_json(saved["compressor"])
-            self._collectives[final] = present, self._build(present)
+            self._collectives[final] = present, self.build(present)
             self._collectives[final][1].load_state_dict(collectives[final])
         self.steps = state["steps"]
 

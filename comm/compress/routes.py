@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import TypeAdapter
 
 from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors import AnyCompressor
 
+_ANY: TypeAdapter[Compressor] = TypeAdapter(AnyCompressor)
 _LONGEST_TABLE = 40  # rows; a model with more tensors gets one row for each group of equals
 
 
@@ -66,7 +69,7 @@ def _choose(shape: torch.Size, compressor: Compressor, dense_below: int) -> Rout
 def _describe(compressor: Compressor) -> str:
     given = compressor.model_dump(exclude_defaults=True)
     given.pop("kind", None)
-    return ", ".join(["as set", *(f"{key} {value}" for key, value in given.items())])
+    return ", ".join(f"{key} {value}" for key, value in given.items()) or "with its defaults"
 
 
 def describe_routes(shapes: Mapping[str, torch.Size], routes: Mapping[str, Route]) -> str:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from thinwire.comm.compress.auto import AnyChoice, Auto
 from thinwire.comm.compress.collectives import CollectiveKind
-from thinwire.comm.compress.combinations import check_combination
-from thinwire.comm.compress.compressors import AnyCompressor
+from thinwire.comm.compress.combinations import check_auto, check_combination
 from thinwire.comm.compress.feedback import EF, AnyFeedback
 from thinwire.comm.settings import Settings
 
@@ -17,7 +17,8 @@ from thinwire.comm.settings import Settings
 class CompressSettings(Settings):
     """Error-feedback compression of gradients.
 
-    compressor: what C is; a name alone, such as int8, means its defaults. See comm/compress/compressors/.
+    compressor: what C is; a name alone, such as int8, means its defaults. See comm/compress/compressors/. auto measures
+      the first steps and then chooses for each tensor; see comm/compress/auto.py.
     feedback: what is remembered of what C left out; a name alone means its defaults. See comm/compress/feedback/.
     collective: how the ranks' messages become one mean; auto takes what suits the compressor.
     exact_within: name of a level of the mesh, such as node: its ranks average exactly in fp32, and only groups of
@@ -31,7 +32,7 @@ class CompressSettings(Settings):
     """
 
     kind: Literal["compress"] = "compress"
-    compressor: AnyCompressor
+    compressor: AnyChoice
     feedback: AnyFeedback = EF()
     collective: Literal["auto"] | CollectiveKind = "auto"
     exact_within: str | None = Field(None, min_length=1)
@@ -42,7 +43,11 @@ class CompressSettings(Settings):
 
     @model_validator(mode="after")
     def _fit_together(self) -> CompressSettings:
-        check_combination(self.compressor, self.feedback, self.collective, exact_within=self.exact_within is not None)
+        exact_within = self.exact_within is not None
+        if isinstance(self.compressor, Auto):
+            check_auto(self.compressor.candidates, self.feedback, self.collective)
+        else:
+            check_combination(self.compressor, self.feedback, self.collective, exact_within=exact_within)
         return self
 
 

@@ -16,14 +16,15 @@ from thinwire.comm.compress.compressors.ternary_cluster import TernaryCluster
 from thinwire.comm.compress.compressors.threshold import Threshold
 from thinwire.comm.compress.compressors.top_k import TopK
 
-_Each: TypeAlias = (
+EachCompressor: TypeAlias = (
     Dense | BF16 | FP16 | Int8 | Int4 | Ternary | Sign | Natural | TopK | RandK | Threshold | LowRank | TernaryCluster
 )
 
 
-def _from_name(given: Any) -> Any:
+def from_name(given: Any) -> Any:
+    """Settings of a kind with its defaults, where only its name is given."""
     return {"kind": given} if isinstance(given, str) else given
 
 
-AnyCompressor: TypeAlias = Annotated[_Each, Field(discriminator="kind"), BeforeValidator(_from_name)]
+AnyCompressor: TypeAlias = Annotated[EachCompressor, Field(discriminator="kind"), BeforeValidator(from_name)]
 """Settings of any compressor, by `kind`; a string is the kind with its defaults."""
