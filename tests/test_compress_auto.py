@@ -1,4 +1,4 @@
-"""`compressor: auto`: measures dense steps, then sends each tensor as the time allows; the same choice on every rank."""
+"""`compressor: auto`: measures dense steps, then sends each tensor as time allows; the same on every rank."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors import AnyCompressor
 
 _ANY: TypeAdapter[Compressor] = TypeAdapter(AnyCompressor)
+_ANY: TypeAdapter[Compressor] = TypeAdapter(AnyCompressor)
 _LONGEST_TABLE = 40  # rows; a model with more tensors gets one row for each group of equals
 
 
@@ -70,6 +71,22 @@ def _describe(compressor: Compressor) -> str:
     given = compressor.model_dump(exclude_defaults=True)
     given.pop("kind", None)
     return ", ".join(f"{key} {value}" for key, value in given.items()) or "with its defaults"
+
+
+def routes_to_plain(routes: Mapping[str, Route]) -> dict[str, list[str]]:
+    """For a checkpoint: of each tensor the compressor as JSON ("" = dense) and the reason."""
+    return {
+        name: ["" if route.compressor is None else route.compressor.model_dump_json(), route.reason]
+        for name, route in routes.items()
+    }
+
+
+def routes_from_plain(plain: Mapping[str, Sequence[str]]) -> dict[str, Route]:
+    """The routes of routes_to_plain()."""
+    return {
+        name: Route(_ANY.validate_json(compressor) if compressor else None, reason)
+        for name, (compressor, reason) in plain.items()
+    }
 
 
 def describe_routes(shapes: Mapping[str, torch.Size], routes: Mapping[str, Route]) -> str:
