@@ -39,8 +39,9 @@ class CompressedDDP(CompressedExchange):
     ) -> None:
         parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._names = {id(p): name for name, p in parameters.items()}
-        shapes = {name: parameters[name].shape for name in reversed(list(parameters))}  # as backward comes upon them
-        self._groups = in_groups(shapes, model.bucket_bytes_cap)
+        shapes = {name: p.shape for name, p in parameters.items()}
+        # Backward comes upon the last parameters first.
+        self._groups = in_groups({name: shapes[name] for name in reversed(list(shapes))}, model.bucket_bytes_cap)
         self._group_of = {name: i for i, group in enumerate(self._groups) for name in group}
         super().__init__(
             settings,
