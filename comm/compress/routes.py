@@ -12,7 +12,6 @@ from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors import AnyCompressor
 
 _ANY: TypeAdapter[Compressor] = TypeAdapter(AnyCompressor)
-_ANY: TypeAdapter[Compressor] = TypeAdapter(AnyCompressor)
 _LONGEST_TABLE = 40  # rows; a model with more tensors gets one row for each group of equals
 
 
