@@ -62,7 +62,7 @@ def test_ef21_w_is_ef21_for_homogeneous_compressors_alone() -> None:
     weighted = EF21W(smoothness=tuple(problem.smoothness))
     lr = theory.step_size(problem.L, 1 / problem.d, theory.arithmetic_mean(problem.smoothness))
     for compress in (top(1), scaled_sign):
-        difference = descend(problem, "ef21", compress, lr, 200) - descend(problem, weighted, compress, lr, 200)
+        difference = descend(problem, "ef21", compress, lr, 120) - descend(problem, weighted, compress, lr, 120)
         assert difference.abs().max() < 1e-14
     control = descend(problem, "ef21", hard_threshold, lr, 50) - descend(problem, weighted, hard_threshold, lr, 50)
     assert control.abs().max() > 1e-3
