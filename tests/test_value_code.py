@@ -52,7 +52,7 @@ def test_any_finite_values_come_out_finite_and_near(kind, numbers, key) -> None:
         for block, found in zip(values.double().split(256), decoded.double().split(256), strict=True):
             step = float(block.abs().max()) / largest
             allowed = step * (1.001 if kind.endswith("_stochastic") else 0.501)
-            assert float((block - found).abs().max()) <= allowed + 127 * 1.5e-45  # the scale itself may be denormal
+            assert float((block - found).abs().max()) <= allowed + 2.0**-100  # a smaller block counts as zero
     elif kind == "2bit" and numbers:
         assert float(decoded.min()) >= min(numbers)
         assert float(decoded.max()) <= max(numbers)
@@ -109,7 +109,7 @@ def test_ties_round_to_even() -> None:
 @pytest.mark.parametrize("kind", ["int8_stochastic", "int4_stochastic"])
 def test_rounding_by_chance_is_unbiased(kind) -> None:
     values = kept(256)
-    rounds = 2000
+    rounds = 400
     mean = sum(round_trip(values, kind, key) for key in range(rounds)) / rounds
     step = float(values.abs().max()) / (127 if kind == "int8_stochastic" else 7)
     # Each mean has a standard deviation of at most step / 2 / sqrt(rounds); 256 of them stay within 5.

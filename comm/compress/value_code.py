@@ -1,7 +1,8 @@
 """The code of the kept values of a sparse tensor: whole numbers of few bits with a scale, a codebook, or a plain dtype.
 
     fp32, bf16, fp16   the values to nearest even; what the dtype cannot hold becomes its largest number
-    int8, int4         fp32 scale = max|v| / 127 or / 7 for each 256 values, then round(v / scale), two int4 to a byte
+    int8, int4         fp32 scale = max|v| / 127 or / 7 for each 256 values, then round(v / scale), two int4 to a byte:
+                       kernels/block_quantize.py
     int8_stochastic, int4_stochastic
                        the same, rounded up or down by chance, so that the mean is the value
     2bit               4 fp32 numbers, then for each value which of them is nearest, four to a byte
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.wire import PayloadError
+from thinwire.kernels.block_quantize import Rounding, dequantize, quantize
 
 ValueKind: TypeAlias = Literal[
     "fp32", "bf16", "fp16", "int8", "int8_stochastic", "int4", "int4_stochastic", "2bit", "sign"
@@ -29,6 +31,7 @@ Floats: TypeAlias = npt.NDArray[np.float32]
 
 BLOCK = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BLOCK_BITS = {"int8": 8, "int8_stochastic": 8, "int4": 4, "int4_stochastic": 4}
 _LLOYD_SAMPLES = 1 << 14
 _LLOYD_GROUPS = 128
 _LLOYD_ROUNDS = 16
@@ -44,7 +47,7 @@ def values_bytes(count: int, kind: ValueKind) -> int:
         return 16 + -(-count // 4)
     if kind == "sign":
         return 4 + -(-count // 8)
-    return 4 * -(-count // BLOCK) + (count if _is_int8(kind) else -(-count // 2))
+    return 4 * -(-count // BLOCK) + -(-count * _BLOCK_BITS[kind] // 8)
 
 
 def encode_values(values: Tensor, kind: ValueKind, key: int = 0) -> Tensor:
@@ -61,14 +64,11 @@ def encode_values(values: Tensor, kind: ValueKind, key: int = 0) -> Tensor:
     if kind in _DTYPES:
         largest = torch.finfo(_DTYPES[kind]).max
         return values.clamp(-largest, largest).to(_DTYPES[kind]).view(torch.uint8)
+    if kind in _BLOCK_BITS:
+        rounding: Rounding = "stochastic" if kind.endswith("_stochastic") else "nearest"
+        return _encode_blocks(values, _BLOCK_BITS[kind], rounding, key)
     numbers = values.cpu().numpy()
-    if kind == "2bit":
-        payload = _encode_codebook(numbers)
-    elif kind == "sign":
-        payload = _encode_sign(numbers)
-    else:
-        noise = np.random.Generator(np.random.Philox(key)) if kind.endswith("_stochastic") else None
-        payload = _encode_blocks(numbers, _is_int8(kind), noise)
+    payload = _encode_codebook(numbers) if kind == "2bit" else _encode_sign(numbers)
     return torch.from_numpy(payload).to(values.device)
 
 
@@ -91,56 +91,28 @@ def decode_values(payload: Tensor, count: int, kind: ValueKind) -> tuple[Tensor,
         if not values.isfinite().all():
             raise PayloadError(f"{kind} values that are not finite")
         return values, used
+    if kind in _BLOCK_BITS:
+        return _decode_blocks(payload[:used], count, _BLOCK_BITS[kind]), used
     stored = payload[:used].cpu().numpy()
-    if kind == "2bit":
-        numbers = _decode_codebook(stored, count)
-    elif kind == "sign":
-        numbers = _decode_sign(stored, count)
-    else:
-        numbers = _decode_blocks(stored, count, _is_int8(kind))
+    numbers = _decode_codebook(stored, count) if kind == "2bit" else _decode_sign(stored, count)
     return torch.from_numpy(numbers).to(payload.device), used
 
 
-def _encode_blocks(values: Floats, int8: bool, noise: np.random.Generator | None) -> Bytes:
-    largest = _largest_code(int8)
-    blocks = np.zeros((-(-values.size // BLOCK), BLOCK), dtype=np.float32)
-    blocks.reshape(-1)[: values.size] = values
-    scales = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(largest)
-    scales = np.minimum(scales, _largest_scale(int8))
-    np.divide(blocks, scales[:, None], out=blocks, where=scales[:, None] > 0)
-    blocks[scales == 0] = 0.0
-    if noise is None:
-        np.rint(blocks, out=blocks)
-    else:
-        blocks += noise.random(blocks.shape, dtype=np.float32)
-        np.floor(blocks, out=blocks)
-    np.clip(blocks, -largest, largest, out=blocks)
-    codes = blocks.astype(np.int8).view(np.uint8).reshape(-1)
-    if not int8:
-        codes = np.bitwise_or(codes[0::2] & 0xF, codes[1::2] << 4, dtype=np.uint8)
-    end = values.size if int8 else -(-values.size // 2)
-    return np.concatenate([scales.astype("<f4").view(np.uint8), codes[:end]])
+def _encode_blocks(values: Tensor, bits: int, rounding: Rounding, key: int) -> Tensor:
+    codes, scales = quantize(values, bits=bits, block=BLOCK, rounding=rounding, key=key)
+    return torch.cat([scales.clamp_(max=_largest_scale(bits)).view(torch.uint8), codes])
 
 
-def _decode_blocks(stored: Bytes, count: int, int8: bool) -> Floats:
-    blocks = -(-count // BLOCK)
-    scales = stored[: 4 * blocks].view("<f4").astype(np.float32)
-    if not ((scales >= 0) & (scales <= _largest_scale(int8))).all():
+def _decode_blocks(stored: Tensor, count: int, bits: int) -> Tensor:
+    # The clones begin at addresses that any dtype can begin at.
+    end = 4 * -(-count // BLOCK)
+    scales, codes = stored[:end].clone().view(torch.float32), stored[end:].clone()
+    if not ((scales >= 0) & (scales <= _largest_scale(bits))).all():
         raise PayloadError("a scale that is negative, too large or not a number")
-    packed = stored[4 * blocks :]
-    if int8:
-        codes = packed.view(np.int8)
-    else:
-        nibbles = np.empty((packed.size, 2), dtype=np.int8)
-        nibbles[:, 0] = packed & 0xF
-        nibbles[:, 1] = packed >> 4
-        codes = ((nibbles ^ 8) - 8).reshape(-1)[:count]
-    if codes.min() < -_largest_code(int8):
-        raise PayloadError(f"the code {codes.min()}, which stands for nothing")
-    values = np.zeros((blocks, BLOCK), dtype=np.float32)
-    values.reshape(-1)[:count] = codes
-    values *= scales[:, None]
-    return values.reshape(-1)[:count]
+    reserved = 1 << bits - 1
+    if ((codes & (1 << bits) - 1 == reserved) | (codes >> 8 - bits == reserved)).any():
+        raise PayloadError(f"the code {-reserved}, which stands for nothing")
+    return dequantize(codes, scales, bits=bits, block=BLOCK, numel=count)
 
 
 def _encode_codebook(values: Floats) -> Bytes:
@@ -218,14 +190,6 @@ def _decode_sign(stored: Bytes, count: int) -> Floats:
     return np.concatenate([-scale, scale])[positive]
 
 
-def _is_int8(kind: ValueKind) -> bool:
-    return kind.startswith("int8")
-
-
-def _largest_code(int8: bool) -> int:
-    return 127 if int8 else 7
-
-
-def _largest_scale(int8: bool) -> np.float32:
+def _largest_scale(bits: int) -> float:
     """A little below what, times the largest code, would overflow."""
-    return np.float32(np.nextafter(np.finfo(np.float32).max / np.float32(_largest_code(int8)), np.float32(0)))
+    return torch.finfo(torch.float32).max / ((1 << bits - 1) - 1) * (1 - 2**-20)
