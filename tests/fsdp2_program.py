@@ -29,6 +29,7 @@ from thinwire.comm.compress.compressors.top_k import TopK
 from thinwire.comm.compress.decoded import to_dense
 from thinwire.comm.compress.door import compress
 from thinwire.comm.compress.draw import Draw
+from thinwire.comm.compress.handle import CompressedExchange
 from thinwire.comm.method import Method
 from thinwire.comm.queue import CommQueue, open_queue
 
@@ -177,6 +178,26 @@ def a_resumed_run_equals_one_that_did_not_stop(place: Place) -> None:
     assert equal(train(None), train(3))
 
 
+def the_errors_of_other_hosts_are_averaged_shard_by_shard(place: Place) -> None:
+    def enter() -> tuple[nn.Module, CompressedExchange]:
+        model = place.model()
+        return model, compress(model, compressor=SPARSE, feedback="ef", dense_below=0, queue=place.queue)
+
+    model, method = enter()
+    optimizer = make_optimizer(model)
+    for step in range(2):
+        train_step(model, optimizer, batch(place.rank, step))
+    states: list[Any] = [None] * HOSTS * LOCAL
+    dist.all_gather_object(states, method.state_dict())
+    _, other = enter()
+    other.load_state_dict({"all_ranks": states})
+    merged = other.state_dict()["feedback"]["stores"]["error"]
+    for name, error in merged.items():
+        old = [states[host * LOCAL + place.local]["feedback"]["stores"]["error"][name] for host in range(HOSTS)]
+        torch.testing.assert_close(error, (old[0] + old[1]) / HOSTS)
+    assert bool(merged["0.weight"].any())
+
+
 def a_spoilt_shard_is_seen_by_all_ranks_and_remembered_by_none(place: Place) -> None:
     model = place.model()
     method = compress(model, compressor=SPARSE, feedback="ef", dense_below=0, queue=place.queue)
@@ -304,6 +325,7 @@ SCENARIOS: Sequence[Callable[[Place], None]] = (
     the_mean_over_all_ranks_without_compression,
     the_shards_of_each_host_with_error_feedback,
     a_resumed_run_equals_one_that_did_not_stop,
+    the_errors_of_other_hosts_are_averaged_shard_by_shard,
     a_spoilt_shard_is_seen_by_all_ranks_and_remembered_by_none,
     accumulated_gradients_are_sent_once,
     gradients_of_half_precision_are_reduced_in_fp32,

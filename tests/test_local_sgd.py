@@ -354,6 +354,9 @@ def test_what_it_cannot_do_is_refused() -> None:
         "optimizer: it does not train 2.weight",
         lambda model, _, queue: local_sgd(model, make_optimizer(model[0]), every=2, queue=queue),
     )
+    by_contributors = {"collective": "contributor_mean"}
+    refused("int8 sends the same", lambda m, _, queue: enter(m, queue, compressor="int8", **by_contributors))
+    refused("ef21 keeps the mean", lambda m, _, queue: enter(m, queue, feedback="ef21", **SPARSE, **by_contributors))
     refused("float64", lambda model, _, queue: enter(model.double(), queue))
 
     def wrap(model: nn.Module, rank: Rank, **options: Any) -> DistributedDataParallel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors.rand_k import RandK
 from thinwire.comm.compress.feedback import DGC, FeedbackSettings
 from thinwire.comm.compress.feedback.ef21 import EF21BC
 from thinwire.comm.compress.routes import is_global
@@ -34,6 +35,8 @@ def check_combination(
             f"collective: {collective} exchanges indices, and compressor {kind} has none; give a sparse one (topk, "
             "threshold, randk) or collective: auto"
         )
+    if collective == "contributor_mean":
+        _check_contributor_mean(compressor, feedback)
     if isinstance(feedback, EF21BC):
         _check_both_directions(kind, collective, cuttable=cuttable, exact_within=exact_within)
     if isinstance(feedback, DGC):
@@ -74,6 +77,19 @@ def check_auto(candidates: Sequence[Compressor], feedback: FeedbackSettings, col
                 f"compressor.candidates: {_kind_of(candidate)} of scope global takes all tensors together, but auto "
                 "chooses for each; give scope: tensor"
             )
+
+
+def _check_contributor_mean(compressor: Compressor, feedback: FeedbackSettings) -> None:
+    if not compressor.sparse or isinstance(compressor, RandK):
+        raise ValueError(
+            f"collective: contributor_mean divides each element by the number of ranks that sent it, but compressor "
+            f"{_kind_of(compressor)} sends the same ones on every rank; give topk or threshold, or collective: auto"
+        )
+    if _kind_of(feedback) not in ("none", "ef", "dgc"):
+        raise ValueError(
+            f"feedback: {_kind_of(feedback)} keeps the mean over all ranks of what they sent, which collective "
+            "contributor_mean does not give; give feedback: ef, dgc or none, or collective: all_gather"
+        )
 
 
 def _check_both_directions(kind: str, collective: str, *, cuttable: bool, exact_within: bool) -> None:
