@@ -273,7 +273,9 @@ class Trainer:
         report = self._reports.read()
         self._stopping_ranks = report.stopping_ranks
         if report.non_finite_ranks:
-            raise NonFiniteError(record["step"], report.non_finite_ranks, "the gradient is finite, the loss is not")
+            apart = isinstance(self.method, LocalMethod)
+            what = "a rank's own loss or gradient is not finite" if apart else "the gradient is finite, the loss is not"
+            raise NonFiniteError(record["step"], report.non_finite_ranks, what)
         self._last = {"step": record["step"], "loss": report.loss, **record}
         for sink in self._sinks:
             sink.write(self._last)

@@ -114,7 +114,7 @@ def _open_sinks(config: RunConfig, finished_steps: int) -> tuple[list[Sink], flo
 
 def _leave(world: World, error: BaseException) -> NoReturn:
     """Say what happened, tell the other ranks, and end the process even if a thread of the transport hangs."""
-    from thinwire.comm.errors import CommError
+    from thinwire.comm.errors import CommError, NonFiniteWeightsError
     from thinwire.comm.verdict import Verdict
     from thinwire.dist.checkpoint import CheckpointError
     from thinwire.dist.preflight import PreflightError
@@ -128,7 +128,7 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         code = INTERRUPTED
         print(f"rank {world.rank}: interrupted", file=sys.stderr)
-    elif isinstance(error, (CommError, CheckpointError, NonFiniteError)):
+    elif isinstance(error, (CommError, CheckpointError, NonFiniteError, NonFiniteWeightsError)):
         print(told, file=sys.stderr)
     elif isinstance(error, PreflightError):
         if world.local_rank == 0:  # every rank has the same text: once on each host
