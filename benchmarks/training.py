@@ -49,12 +49,27 @@ class Way:
     period: int = 1  # steps from one synchronisation to the next
 
 
+def compress(compressor: str) -> tuple[str, ...]:
+    """Settings of `method: compress`. The trainer clips the mean, as torch's DDP does, so that sending can overlap."""
+    return (f"method={{kind: compress, compressor: {compressor}, clip: after}}",)
+
+
+SPARSELOCO = (
+    "method={kind: local_sgd, every: 10, outer: {kind: sgd, lr: 1.0}, feedback: {kind: ef, decay: 0.95}, "
+    "compressor: {kind: topk, k: 64, chunk: 4096, values: 2bit}}"
+)
 WAYS = (
     Way("torch DDP fp32", peer="ddp-fp32", warm_up_steps=2),
-    Way("torch DDP, bf16 hook", peer="ddp-bf16", warm_up_steps=2),
+    Way("torch DDP, bf16 hook", peer="ddp-bf16", warm_up_steps=2),  # gloo has no bf16 reduction
     Way("torch DDP, fp16 hook", peer="ddp-fp16", warm_up_steps=2),
     Way("torch DDP, PowerSGD hook rank 16", peer="powersgd", warm_up_steps=4),
     Way("plain DiLoCo, every 10 steps", peer="diloco", period=10),
+    Way("thinwire lowrank 16, ef", compress("{kind: lowrank, rank: 16, dtype: bf16}"), warm_up_steps=2),
+    Way("thinwire lowrank 8, ef", compress("{kind: lowrank, rank: 8, dtype: bf16}"), warm_up_steps=2),
+    Way("thinwire int4, ef", compress("int4"), warm_up_steps=2),
+    Way("thinwire auto, ef", compress("auto"), warm_up_steps=4),
+    Way("thinwire topk 1 %, int8 values, ef", compress("{kind: topk, density: 0.01, values: int8}"), warm_up_steps=2),
+    Way("thinwire SparseLoCo, every 10 steps", (SPARSELOCO,), period=10),
 )
 
 
@@ -72,7 +87,7 @@ def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
     parser.add_argument("--rates", nargs="+", default=["100mbit", "20mbit"], help="link of each host, fastest first")
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--timed", type=int, default=24, help="steps that are timed at the other rates")
+    parser.add_argument("--timed", type=int, default=21, help="steps that are timed at the other rates")
     parser.add_argument("--only", default="", help="ways whose label contains this, besides fp32 DDP")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there")
     options = parser.parse_args()
@@ -84,11 +99,14 @@ def main() -> None:
         for rate_bps in rates:
             steps = options.steps if rate_bps == rates[0] else options.timed
             curve = train(way, rate_bps, options.steps, steps)
+            if curve is None:
+                break
             timed[way.label, rate_bps] = curve
             if rate_bps == rates[0]:
                 full[way.label] = curve
             elif curve.losses != full[way.label].losses[: len(curve.losses)]:
                 raise SystemExit(f"{way.label}: the losses at {format_rate(rate_bps)} are not those of the full run")
+    ways = [way for way in ways if way.label in full]
     target = full[WAYS[0].label].validation[-1][1]
     rows: list[Row] = []
     for rate_bps in rates:
@@ -100,8 +118,8 @@ def main() -> None:
         draw(ways, rates, full, timed, target, options.plot)
 
 
-def train(way: Way, rate_bps: float, schedule_steps: int, steps: int) -> Curve:
-    """Run it in the lab and read what rank 0 wrote."""
+def train(way: Way, rate_bps: float, schedule_steps: int, steps: int) -> Curve | None:
+    """Run it in the lab and read what rank 0 wrote; None if a peer cannot run here, and has said why."""
     folder = Path(tempfile.mkdtemp())
     settings = [
         f"train.steps={schedule_steps}",
@@ -122,6 +140,9 @@ def train(way: Way, rate_bps: float, schedule_steps: int, steps: int) -> Curve:
     print(f"\n--- {way.label}, {format_rate(rate_bps)}, {steps} steps", flush=True)
     with Lab(hosts=HOSTS, rate_bps=rate_bps) as lab:
         code = lab.start(command, output="rank0").wait()
+    if code and way.peer:
+        print(f"{way.label} does not run here", flush=True)
+        return None
     if code:
         raise SystemExit(f"{way.label} failed with exit code {code}")
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]

@@ -26,10 +26,18 @@ class Variant:
     overrides: tuple[str, ...]
 
 
+_LOW_RANK = "method={kind: compress, compressor: {kind: lowrank, rank: 16, dtype: bf16}, clip: after}"
+_SPARSELOCO = (
+    "method={kind: local_sgd, every: 8, outer: {kind: sgd, lr: 1.0}, feedback: {kind: ef, decay: 0.95}, "
+    "compressor: {kind: topk, k: 64, chunk: 4096, values: 2bit}}"
+)
+
 # A method that lands adds its line here.
 VARIANTS = (
     Variant("all-reduce fp32", ("method.dtype=fp32",)),
     Variant("all-reduce bf16", ("method.dtype=bf16",)),
+    Variant("low rank 16", (_LOW_RANK,)),
+    Variant("SparseLoCo", (_SPARSELOCO,)),
 )
 
 
