@@ -21,7 +21,7 @@ from thinwire.kernels.code_planes import (
     planes_for,
     tiles,
 )
-from thinwire.kernels.counter_random import WordMaker, dither_reference
+from thinwire.kernels.counter_random import WordMaker, check_place, dither_reference
 from thinwire.kernels.decode_planes import decode_planes
 from thinwire.kernels.quantize_on_gpu import launch_quantize
 
@@ -68,7 +68,8 @@ def quantize(
     Raises:
         ValueError: arguments other than these.
     """
-    _check("quantize", bits, block, rounding)
+    check_block("quantize", bits, block, BITS)
+    check_rounding("quantize", rounding, key, offset)
     check_plane("quantize", "x", x, (x.numel(),), x.device, torch.float32)
     codes, scales = planes_for("quantize", x.numel(), x.device, bits, block, codes, scales)
     if needs_reference("quantize", x.device, block):
@@ -113,7 +114,8 @@ def quantize_with_feedback(
         ValueError: arguments other than these.
     """
     name = "quantize_with_feedback"
-    _check(name, bits, block, rounding)
+    check_block(name, bits, block, BITS)
+    check_rounding(name, rounding, key, offset)
     codes, scales = planes_for(name, gradient.numel(), gradient.device, bits, block, codes, scales)
     for what, tensor in (("gradient", gradient), ("memory", memory), ("next_memory", next_memory)):
         check_plane(name, what, tensor, (gradient.numel(),), gradient.device, torch.float32)
@@ -145,7 +147,7 @@ def dequantize(
     Raises:
         ValueError: arguments that do not belong together.
     """
-    _check("dequantize", bits, block, "nearest")
+    check_block("dequantize", bits, block, BITS)
     return decode_planes("dequantize", codes, scales, bits=bits, block=block, numel=numel, out=out)
 
 
@@ -214,7 +216,7 @@ class BlockTile:
             x.sub_(values)
 
 
-def _check(kernel: str, bits: int, block: int, rounding: str) -> None:
-    check_block(kernel, bits, block, BITS)
+def check_rounding(kernel: str, rounding: str, key: int, offset: int) -> None:
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f'{kernel}: rounding is {rounding!r}; it must be "nearest" or "stochastic"')
+    check_place(key, offset)

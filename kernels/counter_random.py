@@ -33,7 +33,7 @@ def random_words(key: int, count: int, *, offset: int = 0, device: torch.device 
 
     Returns: int64 (count,).
     """
-    _check(key, offset)
+    check_place(key, offset)
     if torch.device(device).type != "cpu":
         return _words_reference(key, offset, count, device)
     words = torch.empty(count, dtype=torch.int64)
@@ -52,7 +52,7 @@ def dither_reference(key: int, count: int, *, offset: int = 0, device: torch.dev
 
     Returns: fp32 (count,).
     """
-    _check(key, offset)
+    check_place(key, offset)
     places = torch.arange(offset, offset + count, device=device)
     words = _words_reference(key, offset >> 1, ((offset + count + 1) >> 1) - (offset >> 1), device)
     halves = words[(places >> 1) - (offset >> 1)] >> 16 * (places & 1) & 0xFFFF
@@ -129,7 +129,8 @@ def _words_reference(key: int, offset: int, count: int, device: torch.device | s
     return x ^ x >> 16
 
 
-def _check(key: int, offset: int) -> None:
+def check_place(key: int, offset: int) -> None:
+    """Raises ValueError unless 0 <= key < 2^64 and 0 <= offset."""
     if not 0 <= key < 1 << 64:
         raise ValueError(f"counter_random: key is {key}; it must be from 0 to 2^64 - 1")
     if offset < 0:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thinwire.kernels.block_quantize import BITS, BlockTile, Rounding, quantize_reference
+from thinwire.kernels.block_quantize import BITS, BlockTile, Rounding, check_rounding, quantize_reference
 from thinwire.kernels.code_planes import (
     TILE,
     check_block,
@@ -97,8 +97,7 @@ def dequantize_reduce_quantize(
     """
     name = "dequantize_reduce_quantize"
     codes, scales, factor = _checked(name, codes, scales, bits, block, numel, scale, weights)
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f'{name}: rounding is {rounding!r}; it must be "nearest" or "stochastic"')
+    check_rounding(name, rounding, key, offset)
     out_codes, out_scales = planes_for(name, numel, codes.device, bits, block, out_codes, out_scales)
     if needs_reference(name, codes.device, block):
         total = _sum_reference(codes, scales, bits, block, numel, factor)

@@ -13,9 +13,29 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 
-def compile_time(bits: int, block: int, n: int = 1) -> dict[str, int]:
-    """Constants that all kernels here share: bits of a code, elements per scale, elements per program."""
-    return {"BITS": bits, "GROUP": block, "TILE": max(2048 if n == 1 else 4096, block)}
+def quantize_constants(bits: int, block: int, *, stochastic: bool = False, feedback: bool = False) -> dict[str, int]:
+    """The compile-time arguments of quantize_kernel."""
+    return {**_shared(bits, block, 2048, stochastic), "FEEDBACK": int(feedback)}
+
+
+def reduce_constants(
+    bits: int, block: int, n: int, *, stochastic: bool = False, requantize: bool = False
+) -> dict[str, int]:
+    """The compile-time arguments of reduce_kernel: the first 4 payloads are laid out one by one, more in a loop."""
+    # Of smaller codes a tile of 4096 takes so many registers that few programs run at once.
+    constants = _shared(bits, block, 4096 if bits == 8 else 2048, stochastic)
+    return {**constants, "N": n, "UNROLLED": min(n, 4), "REQUANTIZE": int(requantize)}
+
+
+def _shared(bits: int, block: int, tile: int, stochastic: bool) -> dict[str, int]:
+    """Elements per scale and per program, the depth of the tree that sums a block, and the way of rounding."""
+    return {
+        "BITS": bits,
+        "GROUP": block,
+        "TILE": max(tile, block),
+        "TREE": block.bit_length() - 1,
+        "STOCHASTIC": int(stochastic),
+    }
 
 
 @triton_part
@@ -239,7 +259,7 @@ def launch_quantize(
     offset: int = 0,
 ) -> None:
     """Quantise checked, non-empty x, or x and the first of `feedback`, leaving the error in the second."""
-    constants = compile_time(bits, block)
+    constants = quantize_constants(bits, block, stochastic=stochastic, feedback=feedback is not None)
     memory, next_memory = feedback or (x, x)
     quantize_kernel.launch(
         -(-x.numel() // constants["TILE"]),
@@ -253,8 +273,6 @@ def launch_quantize(
         signed(stir(key)),
         offset,
         **constants,
-        **variant(block, stochastic),
-        FEEDBACK=int(feedback is not None),
     )
 
 
@@ -273,8 +291,7 @@ def launch_reduce(
     offset: int = 0,
 ) -> None:
     """Sum checked, non-empty planes of (n, ...) into fp32 `out`, or, given out_scales, quantised into both planes."""
-    n = codes.shape[0]
-    constants = compile_time(bits, block, n)
+    constants = reduce_constants(bits, block, len(codes), stochastic=stochastic, requantize=out_scales is not None)
     reduce_kernel.launch(
         -(-numel // constants["TILE"]),
         out.device,
@@ -289,17 +306,4 @@ def launch_reduce(
         signed(stir(key)),
         offset,
         **constants,
-        **variant(block, stochastic),
-        **counts(n),
-        REQUANTIZE=int(out_scales is not None),
     )
-
-
-def variant(block: int, stochastic: bool) -> dict[str, int]:
-    """Constants of quantising: the depth of the tree that sums a block, and the way of rounding."""
-    return {"TREE": block.bit_length() - 1, "STOCHASTIC": int(stochastic)}
-
-
-def counts(n: int) -> dict[str, int]:
-    """Constants of reducing n payloads: the first ones are laid out one by one, more take turns in a loop."""
-    return {"N": n, "UNROLLED": min(n, 8)}
