@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compress_models import gradients_alone, gradients_of, inputs_of, make_model, same, wrap
+from compress_models import gradients_alone, gradients_of, inputs_of, make_model, same, tensors_in, wrap
 from ranks import Rank, run_ranks
 from torch import Tensor
 
@@ -75,6 +75,26 @@ def test_a_tensor_that_is_not_finite_is_told_to_all_and_remembered_by_none() -> 
         return told
 
     assert run_ranks(2, work) == [[True, False, False, True]] * 2
+
+
+def test_what_overflows_only_as_it_leaves_is_not_remembered_either() -> None:
+    """fp16: each step's entries fit, but not their sum with what was left behind."""
+
+    def work(rank: Rank) -> None:
+        queue = rank.queue()
+        mean = CompressedMean({"x": torch.zeros(64)}, compressor=TopK(k=1), dense_below=0, queue=queue)
+        x = torch.zeros(64, dtype=torch.float16)
+        x[:2] = torch.tensor([50000.0, 60000.0])
+        assert mean.allreduce({"x": x})
+        kept = tensors_in(mean.state_dict())
+        x = torch.zeros(64, dtype=torch.float16)
+        x[0] = 50000.0
+        assert not mean.allreduce({"x": x})
+        assert not x.isfinite().all()
+        assert same(kept, tensors_in(mean.state_dict()))
+        queue.close()
+
+    run_ranks(2, work)
 
 
 def test_state_goes_to_another_object() -> None:

@@ -121,7 +121,7 @@ def enter_local_sgd(**options: Any) -> Enter:
     return enter
 
 
-PAIRS = {1: [[0]], 2: [[0, 1]], 3: [[0, 1], [2]], 4: [[0, 1], [2, 3]]}
+GROUPS = {1: [[0]], 2: [[0, 1]], 3: [[0, 1, 2]], 4: [[0, 1], [2, 3]]}
 
 METHODS = [
     Row("allreduce-fp32", enter_allreduce("fp32"), lossless=True),
@@ -175,7 +175,7 @@ METHODS = [
     compressed("ternary_cluster-ef", "ternary_cluster", "ef", close=False),
     compressed("lowrank-ef", {"kind": "lowrank", "rank": 2}, "ef", close=False),
     compressed("lowrank-full-ef", {"kind": "lowrank", "rank": 7}, "ef"),
-    compressed("int8-in-pairs", "int8", "ef", inner=PAIRS),
+    compressed("int8-in-groups", "int8", "ef", inner=GROUPS),
     Row("local_sgd-average", enter_local_sgd(every=2), lossless=True),
     Row("local_sgd-int8", enter_local_sgd(every=1, compressor="int8"), lossless=False),
     Row("local_sgd-diloco", enter_local_sgd(every=2, outer="nesterov"), lossless=False, close=False),

@@ -126,10 +126,16 @@ class CompressedExchange(ABC):
         return dict(levels)
 
     def metrics(self) -> dict[str, float]:
-        """Groups sent, bytes of the last step, steps rolled back, norms of what is remembered; norm before clipping."""
+        """Groups sent; bytes of the last step, and bits per element to each other rank; steps rolled back; norms.
+
+        The norms are those of what is remembered, and, if it is clipped, of the gradient before.
+        """
+        payload_bytes = sum(self.predicted_bytes().values())
+        elements = sum(shape.numel() for shape in self._pipeline.shapes.values())
         found = {
             "groups": float(len(self._sent_together)),
-            "payload_bytes": float(sum(self.predicted_bytes().values())),
+            "payload_bytes": float(payload_bytes),
+            "bits_per_element": 8.0 * payload_bytes / max(1, elements * (self._queue.size - 1)),
             "skipped_steps": float(self._pipeline.skipped),
             **self._pipeline.feedback.metrics(),
         }

@@ -60,6 +60,7 @@ class Pipeline:
         self._feedback_sees_dense = feedback_sees_dense
         self._dense = TwoShotMean(torch.float32)
         self._step = 0  # the present one, or the last
+        self._scale = 1.0
         self.reroute(routes)
 
     def reroute(self, routes: Mapping[str, Route]) -> None:
@@ -74,7 +75,7 @@ class Pipeline:
         Args:
             scale: the loss scale by which the tensors come, and are to leave, multiplied.
         """
-        self._step = self.steps
+        self._step, self._scale = self.steps, scale
         self.feedback.begin_step(self._step, scale)
         for final, (present, _) in self._collectives.items():
             if (wanted := self._with_density(final)) != present:
@@ -102,7 +103,9 @@ class Pipeline:
         for name, x in tensors.items():
             if flat[name] is not x:
                 x.copy_(flat[name])
-        return finite
+        # What is finite in fp32 and without the scale may not be so as it leaves; the same on every rank.
+        leaving = [x for x in tensors.values() if self._scale != 1.0 or x.dtype != torch.float32]
+        return finite and are_finite(leaving)
 
     def end_step(self, finite: bool) -> None:
         """After the last group: keep the new state if all of them were finite, otherwise none of it."""
