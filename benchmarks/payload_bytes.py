@@ -132,7 +132,7 @@ def row(what: str, unit: str, limit: float, ours: float, most: float | None, the
 
 
 def message_bytes(compressor: Compressor, tensor: Tensor) -> int:
-    """Bytes of the message about this tensor, which must say what it should."""
+    """Bytes of the message about this tensor, which must be readable."""
     payload = compressor.encode(tensor, DRAW)
     compressor.decode(payload, tensor.shape, DRAW)
     return pack_message([payload], codec=0).numel()
