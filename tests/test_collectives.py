@@ -22,6 +22,7 @@ from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors.block_quantized import Int4, Int8, Ternary
 from thinwire.comm.compress.compressors.dense import BF16
 from thinwire.comm.compress.compressors.sign import Sign
+from thinwire.comm.compress.compressors.threshold import Threshold
 from thinwire.comm.compress.compressors.top_k import TopK
 from thinwire.comm.compress.decoded import to_dense
 from thinwire.comm.compress.draw import Draw
@@ -32,6 +33,9 @@ from thinwire.comm.wire import PayloadError
 COLLECTIVES: dict[str, Callable[[], Collective]] = {
     "all_gather-sparse": lambda: AllGather(ToyTop()),
     "all_gather-dense": lambda: AllGather(ToyGrid()),
+    "all_gather-topk": lambda: AllGather(TopK(density=0.2)),
+    "all_gather-topk-int8": lambda: AllGather(TopK(density=0.2, values="int8")),
+    "all_gather-topk-all": lambda: AllGather(TopK(density=1.0)),
     "two_shot": lambda: TwoShot(ToyGrid()),
     "two_shot-cells": lambda: TwoShot(ToyGrid(cell=24)),
     "two_shot-server_error": lambda: TwoShot(ToyGrid(), server_error=True),
@@ -40,7 +44,18 @@ COLLECTIVES: dict[str, Callable[[], Collective]] = {
 }
 every_collective = pytest.mark.parametrize("make", COLLECTIVES.values(), ids=COLLECTIVES)
 gathering = pytest.mark.parametrize(
-    "compressor", [ToyTop(), ToyGrid(), ToyTop(threshold=1e9)], ids=["sparse", "dense", "empty"]
+    "compressor",
+    [
+        ToyTop(),
+        ToyGrid(),
+        ToyTop(threshold=1e9),
+        TopK(density=0.2),
+        TopK(density=0.2, values="int8_stochastic"),
+        TopK(density=0.3, values="2bit"),
+        TopK(density=1.0),
+        Threshold(density=0.1, values="bf16"),
+    ],
+    ids=["sparse", "dense", "empty", "topk", "topk-int8", "topk-2bit", "topk-all", "threshold"],
 )
 
 

@@ -21,10 +21,17 @@ from thinwire.comm.compress.collectives.contribution import (
     nothing,
     slot_bytes,
 )
+from thinwire.comm.compress.collectives.joint_entries import (
+    EXTRA_SECTIONS,
+    contribute_jointly,
+    decode_jointly,
+    longest_message,
+)
 from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors.sparse import SparseCompressor
 from thinwire.comm.compress.decoded import Decoded, Sparse, add_to
 from thinwire.comm.two_shot import is_worth_rounds
-from thinwire.comm.wire import FLAG_NOT_FINITE, PayloadError, message_bytes
+from thinwire.comm.wire import FLAG_NOT_FINITE, Message, PayloadError
 
 _LENGTH_BYTES = 8
 
@@ -32,8 +39,9 @@ _LENGTH_BYTES = 8
 class AllGather:
     """outputs[i] <- 1/n * sum_r weights[r] * C(inputs_r[i]): every rank receives and adds the messages of all.
 
-    A call sends one message, with one section per tensor, to each other rank: (n-1) payloads. So it suits sparse
-    payloads on few ranks; its traffic grows with n. Compressors without a fixed size exchange 8 bytes of length first.
+    A call sends one message to each other rank: (n-1) payloads. So it suits sparse payloads on few ranks; its traffic
+    grows with n. Compressors without a fixed size exchange 8 bytes of length first; the places of all tensors of a
+    call that topk and threshold keep are coded as one list.
 
     With contributors_only the divisor of an element is not n but the number of ranks that sent it (of weight 0, none
     has), as SparseLoCo's implementation has it (Sarfi et al. 2025, arXiv 2508.15706), and DeMo's. Where few ranks agree
@@ -56,32 +64,36 @@ class AllGather:
         weights = job.weights or [1.0] * size
         absent = [weight == 0 for weight in weights]
         shapes = [x.shape for x in job.inputs]
-        flags, payloads = contribute(self.compressor, job.inputs, job.draws, job.memories, absent=absent[rank])
-        length, slot = self._envelope.pack(flags, payloads, job.inputs[0].device)
+        flags, sections = self._encode(job, absent=absent[rank])
+        length, slot = self._envelope.pack(flags, sections, job.inputs[0].device)
         lengths = self._exchange_lengths(channel, length, slot, shapes, absent)
         self._lengths[tuple(job.names)] = lengths
         slots = [slot_bytes(n) for n in lengths]
         received = torch.empty(sum(slots), dtype=torch.uint8, device=slot.device)
         channel.all_gather(received, slot, slots, in_rounds=is_worth_rounds(max(slots)))
-        messages = self._envelope.unpack(received, lengths, absent, len(shapes))
+        messages = self._envelope.unpack(received, lengths, absent, self._sections(len(shapes)))
         if any(message.flags & FLAG_NOT_FINITE for message in messages):
             fill_with_nan(job.outputs)
             return None
-        own: list[Decoded] = nothing(job.inputs)
-        for i, (output, shape, draw) in enumerate(zip(job.outputs, shapes, job.draws, strict=True)):
+        own = nothing(job.inputs)
+        for output in job.outputs:
             output.zero_()
-            senders = torch.zeros_like(output) if self._contributors_only else None
-            for r, (message, weight) in enumerate(zip(messages, weights, strict=True)):
-                if weight:
-                    decoded = decode(self.compressor, message.sections[i], shape, draw, sender=r)
-                    add_to(output, decoded, weight)
-                    if senders is not None:
-                        add_to(senders, _ones_where_sent(decoded))
-                    if r == rank:
-                        own[i] = decoded
-            if senders is not None:
-                output.div_(senders.clamp_(min=1.0))
-            elif size > 1:
+        senders = [torch.zeros_like(output) for output in job.outputs] if self._contributors_only else []
+        for sender, (message, weight) in enumerate(zip(messages, weights, strict=True)):
+            if not weight:
+                continue
+            decoded = self._decode(message, shapes, job, sender)
+            for output, part in zip(job.outputs, decoded, strict=True):
+                add_to(output, part, weight)
+            for count, part in zip(senders, decoded if senders else [], strict=True):
+                add_to(count, _ones_where_sent(part))
+            if sender == rank:
+                own = decoded
+        if self._contributors_only:
+            for output, count in zip(job.outputs, senders, strict=True):
+                output.div_(count.clamp_(min=1.0))
+        elif size > 1:
+            for output in job.outputs:
                 output.mul_(1.0 / size)
         if not are_finite(job.outputs):
             fill_with_nan(job.outputs)
@@ -120,6 +132,22 @@ class AllGather:
         """Empty."""
         return {}
 
+    def _encode(self, job: Job, *, absent: bool) -> tuple[int, list[Tensor]]:
+        if isinstance(self.compressor, SparseCompressor):
+            return contribute_jointly(self.compressor, job.inputs, job.draws, job.memories, absent=absent)
+        return contribute(self.compressor, job.inputs, job.draws, job.memories, absent=absent)
+
+    def _sections(self, tensors: int) -> int:
+        return tensors + (EXTRA_SECTIONS if isinstance(self.compressor, SparseCompressor) else 0)
+
+    def _decode(self, message: Message, shapes: Sequence[torch.Size], job: Job, sender: int) -> list[Decoded]:
+        if isinstance(self.compressor, SparseCompressor):
+            return decode_jointly(self.compressor, message.sections, shapes, job.draws, sender=sender)
+        return [
+            decode(self.compressor, payload, shape, draw, sender=sender)
+            for payload, shape, draw in zip(message.sections, shapes, job.draws, strict=True)
+        ]
+
     def _exchange_lengths(
         self, channel: Channel, own: int, slot: Tensor, shapes: Sequence[torch.Size], absent: Sequence[bool]
     ) -> list[int]:
@@ -127,7 +155,7 @@ class AllGather:
         if self.compressor.fixed_size:
             return [expected_bytes(self.compressor, shapes, absent=away) for away in absent]
         lengths: list[int] = channel.all_gather_same(torch.tensor(own, device=slot.device)).tolist()
-        longest = message_bytes([4 * shape.numel() + 4 for shape in shapes])
+        longest = longest_message(shapes)
         for r, length in enumerate(lengths):
             if not 0 < length <= longest:
                 raise PayloadError(f"from rank {r} of the exchange: a message of {length} bytes; at most {longest}")

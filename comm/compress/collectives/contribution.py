@@ -132,7 +132,9 @@ def decode(compressor: Compressor, payload: Tensor, shape: torch.Size, draw: Dra
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no element is NaN or infinite. One fast pass; a sum that overflows takes a second, exact one."""
-    return all(bool(x.sum().isfinite()) or bool(x.isfinite().all()) for x in tensors)
+    tensors = list(tensors)
+    sums = torch.stack([x.sum() for x in tensors]) if tensors else torch.zeros(1)
+    return bool(sums.isfinite().all()) or all(bool(x.isfinite().all()) for x in tensors)
 
 
 def fill_with_nan(outputs: Sequence[Tensor]) -> None:

@@ -42,7 +42,8 @@ class OwnerErrors:
         for name, numel in zip(names, numels, strict=True):
             begin, end = max(start - first, 0), min(stop - first, numel)  # what this rank owns of the parameter
             owned = max(end - begin, 0)
-            found, lost = _cut(self._kept.get(name, []), begin, begin + owned, like)
+            kept = [(offset, piece.to(like.device)) for offset, piece in self._kept.get(name, [])]
+            found, lost = _cut(kept, begin, begin + owned, like)
             self._staged_lost += [(name, offset, piece * size) for offset, piece in lost]
             at = first + begin - start
             self._staged[name] = [(begin, next_error[at : at + owned])] if owned else []
