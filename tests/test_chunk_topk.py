@@ -95,8 +95,9 @@ def test_interpreted_kernel_equals_the_reference() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("chunk", [4096, module.WIDEST])
+@pytest.mark.parametrize(
+    ("target", "chunk"), [*((target, 4096) for target in TARGETS), ("sm_90", module.WIDEST), ("gfx942", module.WIDEST)]
+)
 def test_compiles_wide_and_without_spills(target: str, chunk: int) -> None:
     compiled = compile_ahead(
         module.kernel,
