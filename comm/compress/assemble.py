@@ -8,7 +8,7 @@ import torch
 
 from thinwire.comm.compress.auto import Auto, measuring_routes
 from thinwire.comm.compress.collective import Collective
-from thinwire.comm.compress.collectives import build_collective
+from thinwire.comm.compress.collectives import Hierarchical, TwoShot, build_collective
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.feedback import build_feedback
 from thinwire.comm.compress.joined import Joined
@@ -40,6 +40,8 @@ def assemble(
 
     def build(compressor: Compressor) -> Collective:
         collective = build_collective(compressor, settings.collective, inner=inner, server_error=feedback.server_error)
+        if feedback.sums_means:
+            collective = _lossless_in_sum(collective, compressor, settings.feedback.kind)
         if is_global(compressor):
             collective = Joined(collective)
         return collective
@@ -57,3 +59,15 @@ def assemble(
         start_step=settings.start_step,
         feedback_sees_dense=settings.feedback.kind not in ("none", "ef"),
     )
+
+
+def _lossless_in_sum(collective: Collective, compressor: Compressor, feedback: str) -> Collective:
+    """For a feedback that adds up the means: what the owners cannot send of a mean must come with a later one."""
+    if isinstance(collective, TwoShot):
+        return TwoShot(compressor, server_error=True)
+    if isinstance(collective, Hierarchical) and isinstance(collective.outer, TwoShot):
+        raise ValueError(
+            f"feedback: {feedback} adds up the means, and two_shot between groups of ranks loses a part of each for "
+            "good; give feedback: ef, a sparse compressor (topk, threshold), or exact_within: null"
+        )
+    return collective

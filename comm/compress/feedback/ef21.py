@@ -22,6 +22,7 @@ class EF21(FeedbackSettings):
 
     g_i starts at zero. The paper starts it at the first gradient: a door that sends step 0 uncompressed does the
     same. With the noisy gradients of small batches it stalls at a noise floor: take EF21SGDM there.
+    Where the mean is compressed too (two_shot), its error is kept at the owners, so that this becomes EF21BC.
     Memory: 12 bytes per parameter (g_i once, g in two buffers). There is no 8-bit storage: an error of rounding in g_i
     would stay in g for ever, as nothing corrects their difference.
     """
@@ -50,6 +51,7 @@ class EF21Feedback(RankMemory):
     """The memory of EF21: g_i of this rank (own), and g (mean)."""
 
     kind = "ef21"
+    sums_means = True
     same_on_all_ranks = frozenset({"mean"})
     gives_back_to = ("own", -1.0)
 

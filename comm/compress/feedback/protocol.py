@@ -32,11 +32,16 @@ class Feedback(Protocol):
     and serves the tests.) None of the methods looks for NaN or Inf: mean() does, on all ranks at once.
 
     Attributes:
-        server_error: the collective must keep the error of its second half too: TwoShot(server_error=True).
+        server_error: the collective must compress the mean too, and keep the error of that: TwoShot(server_error=True).
+        sums_means: the state adds up the means, so a collective that compresses the mean must keep its error: otherwise
+            what one mean lacks is missing from all later ones.
     """
 
     @property
     def server_error(self) -> bool: ...
+
+    @property
+    def sums_means(self) -> bool: ...
 
     def begin_step(self, step: int, scale: float = 1.0) -> None:
         """Name the step, and the factor (GradScaler's) by which its gradients come, and are to leave, multiplied.

@@ -25,6 +25,7 @@ class RankMemory:
 
     kind: ClassVar[str]
     server_error: ClassVar[bool] = False
+    sums_means: ClassVar[bool] = False
     same_on_all_ranks: ClassVar[frozenset[str]] = frozenset()
     gives_back_to: ClassVar[tuple[str, float] | None] = None
 
