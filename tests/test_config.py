@@ -24,8 +24,9 @@ def test_every_ready_made_file_loads_and_has_the_parameters_it_says(path: Path) 
     for world_size in (1, 2, 4, 8):
         config.train.share(world_size)
     model = build_model(config.model, tokenizer_vocab=256, seed=0, device=torch.device("meta"))
-    millions = MILLIONS.get(path.stem, MILLIONS["gpt_3m"])  # files that show a method train that one
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    named = [MILLIONS[path.stem]] if path.stem in MILLIONS else MILLIONS.values()  # a method is shown with one of these
+    assert any(millions == pytest.approx(size, abs=0.005) for size in named)
 
 
 def test_all_sizes_are_there() -> None:
