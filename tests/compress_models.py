@@ -10,10 +10,31 @@ from ranks import Rank
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.comm.compress.compressors import LowRank, TopK
+from thinwire.comm.compress.feedback import EF
 from thinwire.comm.compress.handle import CompressedExchange
 from thinwire.comm.method import Method
 
 WIDTH = 24
+TOPK = TopK(density=0.1, values="int8")
+
+# Every kind of feedback, with a compressor that suits it.
+FEEDBACKS: dict[str, tuple[Any, Any]] = {
+    "none": ("natural", "none"),
+    "ef": (TOPK, "ef"),
+    "ef-int8-storage": (TOPK, EF(storage="int8")),
+    "ef-two-shot": ("int4", "ef"),
+    "ef21": (TOPK, "ef21"),
+    "ef21_w": (TOPK, {"kind": "ef21_w", "smoothness": (1.0, 3.0)}),
+    "ef21_sgdm": (TOPK, "ef21_sgdm"),
+    "ef21_bc": ("int8", "ef21_bc"),
+    "ef21_pp": (TOPK, "ef21_pp"),
+    "econtrol": (TOPK, "econtrol"),
+    "dgc": (TopK(density=0.1), {"kind": "dgc", "warmup_steps": 6}),
+    "lowrank": (LowRank(rank=2), "ef"),
+    "global": (TopK(density=0.1, scope="global"), "ef"),
+    "stochastic": ({"kind": "int4", "rounding": "stochastic"}, "ef"),
+}
 _seeding = threading.Lock()  # ranks are threads, and torch's generator belongs to the process
 
 

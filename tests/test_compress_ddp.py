@@ -1,4 +1,4 @@
-"""Compression through DDP's hook: buckets, memory, clipping, loss scales, resuming, and what it refuses."""
+"""Compression through DDP's hook: buckets, memory, accumulation, resuming, another number of ranks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from compress_models import (
+    FEEDBACKS,
+    TOPK,
     errors_of,
     gradients_alone,
     gradients_of,
@@ -18,35 +20,15 @@ from compress_models import (
 )
 from ranks import Rank, run_ranks, run_ranks_to_the_end
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from thinwire.comm.compress.compressors import LowRank, TopK
 from thinwire.comm.compress.decoded import to_dense
 from thinwire.comm.compress.door import compress
 from thinwire.comm.compress.draw import Draw
-from thinwire.comm.compress.feedback import EF
 from thinwire.comm.errors import PeerFailedError
 from thinwire.comm.wire import PayloadError
 
-TOPK = TopK(density=0.1, values="int8")
 BUCKETS_MB = {"one": 25, "two": 0.008, "many": 0.001}
-
-FEEDBACKS: dict[str, tuple[Any, Any]] = {
-    "none": ("natural", "none"),
-    "ef": (TOPK, "ef"),
-    "ef-int8-storage": (TOPK, EF(storage="int8")),
-    "ef-two-shot": ("int4", "ef"),
-    "ef21": (TOPK, "ef21"),
-    "ef21_w": (TOPK, {"kind": "ef21_w", "smoothness": (1.0, 3.0)}),
-    "ef21_sgdm": (TOPK, "ef21_sgdm"),
-    "ef21_bc": ("int8", "ef21_bc"),
-    "ef21_pp": (TOPK, "ef21_pp"),
-    "econtrol": (TOPK, "econtrol"),
-    "dgc": (TopK(density=0.1), {"kind": "dgc", "warmup_steps": 6}),
-    "lowrank": (LowRank(rank=2), "ef"),
-    "global": (TopK(density=0.1, scope="global"), "ef"),
-    "stochastic": ({"kind": "int4", "rounding": "stochastic"}, "ef"),
-}
 
 
 def expected_topk(size: int, steps: int, density: float) -> dict[str, Tensor]:
@@ -202,124 +184,6 @@ def test_accumulation_sends_the_sum_once() -> None:
     for name, gradient in first.items():
         expected = sum(gradients_alone(r, step)[name] for r in range(2) for step in range(2)) / 2
         torch.testing.assert_close(gradient, expected)
-
-
-@pytest.mark.parametrize("scope", ["tensor", "global"])
-@pytest.mark.parametrize("scale", [1.0, 1024.0])
-def test_clipping_is_of_the_true_gradient_by_one_factor_for_all(scope: str, scale: float) -> None:
-    """With a density of 1 what comes out is the mean of the clipped gradients."""
-
-    class Scaler:
-        def get_scale(self) -> float:
-            return scale
-
-    clip_norm = 0.05
-
-    def work(rank: Rank) -> dict[str, Tensor]:
-        queue = rank.queue()
-        model = wrap(rank, make_model(), bucket_cap_mb=0.001)
-        compressor = TopK(density=1.0, scope=scope)
-        method = compress(
-            model, compressor=compressor, queue=queue, clip_norm=clip_norm, scaler=Scaler(), dense_below=30
-        )
-        for step in range(2):
-            model.zero_grad()
-            before = queue.meter.sent_bytes()
-            (scale * model(inputs_of(rank.rank, step)).square().mean()).backward()
-            after = queue.meter.sent_bytes()
-            assert after["world"] - before.get("world", 0) == method.predicted_bytes()["world"]
-        norm = method.metrics()["gradient_norm"]
-        squares = [sum(float(g.double().square().sum()) for g in gradients_alone(r, 1).values()) for r in range(3)]
-        assert norm == pytest.approx((sum(squares) / 3) ** 0.5, rel=1e-6)
-        assert norm > clip_norm
-        queue.close()
-        return {name: g / scale * norm / clip_norm for name, g in gradients_of(model.module).items()}
-
-    first, second, _ = run_ranks(3, work)
-    assert same(first, second)
-    for name, unclipped in first.items():
-        torch.testing.assert_close(unclipped, sum(gradients_alone(r, 1)[name] for r in range(3)) / 3)
-
-
-def test_a_gradient_below_the_limit_is_not_touched() -> None:
-    def work(rank: Rank) -> list[dict[str, Tensor]]:
-        outcomes = []
-        for clip_norm in (0.0, 1e3):
-            queue = rank.queue(name=str(clip_norm))
-            model = wrap(rank, make_model())
-            compress(model, compressor="int8", queue=queue, clip_norm=clip_norm, dense_below=30)
-            model(inputs_of(rank.rank)).square().mean().backward()
-            outcomes.append(gradients_of(model.module))
-            queue.close()
-        return outcomes
-
-    for plain, clipped in run_ranks(2, work):
-        assert same(plain, clipped)
-
-
-@pytest.mark.parametrize("name", ["ef", "ef21_sgdm", "ef21_bc", "dgc", "lowrank", "global"])
-def test_an_overflow_on_one_rank_skips_the_step_everywhere_and_leaves_all_memory_alone(name: str) -> None:
-    compressor, feedback = FEEDBACKS[name]
-
-    def work(rank: Rank) -> list[float]:
-        queue = rank.queue()
-        model = wrap(rank, make_model(), bucket_cap_mb=0.001)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000)
-        method = compress(model, compressor=compressor, feedback=feedback, queue=queue, scaler=scaler, dense_below=30)
-        scales = []
-        for step in range(4):
-            before = tensors_in(method.state_dict())
-            weights = {n: p.detach().clone() for n, p in model.module.named_parameters()}
-            optimizer.zero_grad()
-            loss = model(inputs_of(rank.rank, step)).square().mean()
-            if step == 2 and rank.rank == 1:
-                loss = loss * 1e38
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            scales.append(scaler.get_scale())
-            same_weights = same(weights, {n: p.detach() for n, p in model.module.named_parameters()})
-            assert same_weights == (step == 2)
-            assert same(before, tensors_in(method.state_dict())) == (step == 2)
-        assert method.metrics()["skipped_steps"] == 1.0
-        queue.close()
-        return scales
-
-    assert run_ranks(2, work) == [[256.0, 256.0, 128.0, 128.0]] * 2
-
-
-@pytest.mark.parametrize("name", ["ef", "ef-two-shot", "ef21_sgdm", "econtrol", "dgc"])
-def test_memory_is_kept_without_the_loss_scale(name: str) -> None:
-    """Scales are powers of two: whatever they are, and however they change, all bits are those of no scale."""
-    compressor, feedback = FEEDBACKS[name]
-
-    class Scaler:
-        def __init__(self) -> None:
-            self.scale = 1.0
-
-        def get_scale(self) -> float:
-            return self.scale
-
-    def work(rank: Rank) -> tuple[dict[str, Tensor], ...]:
-        outcomes = []
-        for scales in ([1.0, 1.0, 1.0], [1024.0, 2.0, 65536.0]):
-            queue = rank.queue(name=str(scales))
-            model, scaler = wrap(rank, make_model()), Scaler()
-            method = compress(
-                model, compressor=compressor, feedback=feedback, queue=queue, scaler=scaler, dense_below=30
-            )
-            for step, scaler.scale in enumerate(scales):
-                model.zero_grad()
-                (scaler.scale * model(inputs_of(rank.rank, step)).square().mean()).backward()
-            outcomes.append({n: g / scaler.scale for n, g in gradients_of(model.module).items()})
-            outcomes.append(tensors_in(method.state_dict()))
-            queue.close()
-        return tuple(outcomes)
-
-    for gradients, memory, gradients_scaled, memory_scaled in run_ranks(2, work):
-        assert same(gradients, gradients_scaled)
-        assert same(memory, memory_scaled)
 
 
 def test_another_number_of_ranks_starts_with_the_mean_of_the_errors() -> None:
@@ -486,100 +350,6 @@ def test_the_table_says_what_is_sent_and_why() -> None:
     )
     assert any("0.bias" in line and "fewer than 1,024 elements" in line for line in lines)
     assert "times smaller" in lines[-1]
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown compressor": ({"compressor": "topkk"}, r"compressor.*'topkk'"),
-    "unknown feedback": ({"feedback": "ef22"}, r"feedback.*'ef22'"),
-    "unknown collective": ({"collective": "ring"}, r"collective.*'ring'"),
-    "two-shot of indices": ({"collective": "two_shot"}, "collective: two_shot.*does not allow; give collective: auto"),
-    "leader without indices": ({"compressor": "int8", "collective": "leader_indices"}, "compressor int8 has none"),
-    "balanced without indices": ({"compressor": "lowrank", "collective": "balanced"}, "compressor lowrank has none"),
-    "both directions of indices": ({"feedback": "ef21_bc"}, "ef21_bc compresses the mean too.*not auto with topk"),
-    "both directions of factors": ({"compressor": "lowrank", "feedback": "ef21_bc"}, "not auto with lowrank"),
-    "both directions by all-gather": (
-        {"compressor": "int8", "feedback": "ef21_bc", "collective": "all_gather"},
-        "not all_gather with int8",
-    ),
-    "masking without places": ({"compressor": "int8", "feedback": "dgc"}, "give topk, threshold or randk"),
-    "warm-up of a fixed k": (
-        {"compressor": TopK(k=5), "feedback": {"kind": "dgc", "warmup_steps": 3}},
-        "give compressor.density instead",
-    ),
-    "weights by a leader": ({"feedback": "ef21_pp", "collective": "leader_indices"}, "weighs the ranks' messages"),
-    "weights of factors": ({"compressor": "lowrank", "feedback": "ef21_w"}, "compressor lowrank cannot"),
-    "updates without a learning rate": ({"feedback": EF(units="update")}, "learning rate"),
-    "negative limit": ({"clip_norm": -1.0}, "clip_norm: -1.0"),
-    "nan limit": ({"clip_norm": float("nan")}, "clip_norm: nan"),
-    "misspelt setting": ({"compressor": {"kind": "topk", "densty": 0.1}}, "densty"),
-}
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_impossible_settings_are_refused(options: dict[str, Any], message: str) -> None:
-    def work(rank: Rank) -> None:
-        queue = rank.queue()
-        model = wrap(rank, make_model())
-        with pytest.raises(ValueError, match=message):
-            compress(model, **{"compressor": TOPK, "queue": queue, **options})
-        assert not model._comm_hooks
-        queue.close()
-
-    run_ranks(1, work)
-
-
-@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
-def test_models_that_cannot_be_hooked_are_refused() -> None:
-    def work(rank: Rank) -> None:
-        queue = rank.queue()
-
-        def refuse(model: nn.Module, message: str, **options: Any) -> None:
-            with pytest.raises(ValueError, match=message):
-                compress(model, compressor="int8", queue=queue, **options)
-
-        refuse(make_model(), "got Sequential; wrap the model first: DistributedDataParallel")
-        refuse(wrap(rank, make_model(), static_graph=True), "static_graph=True.*no_sync")
-        refuse(
-            wrap(rank, make_model(), find_unused_parameters=True), r"find_unused_parameters=True.*requires_grad_\(False"
-        )
-        refuse(wrap(rank, make_model().double()), r"parameter 0\.weight is torch\.float64")
-        refuse(wrap(rank, make_model().to(torch.complex64)), r"parameter 0\.weight is torch\.complex64")
-        refuse(wrap(rank, nn.Sequential(nn.Embedding(4, 4, sparse=True))), "0 makes sparse gradients")
-        model = wrap(rank, make_model())
-        compress(model, compressor="int8", queue=queue)
-        refuse(model, "already has a communication hook")
-        sharded = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
-        nn.Module.__init__(sharded)
-        refuse(sharded, "FullyShardedDataParallel.*fully_shard")
-        momentum = torch.optim.AdamW(make_model().parameters())
-        options = {"compressor": TopK(density=0.1), "feedback": "dgc", "optimizer": momentum, "queue": queue}
-        with pytest.raises(ValueError, match=r"AdamW\) has 0.9 of its own"):
-            compress(wrap(rank, make_model()), **options)
-        with pytest.raises(ValueError, match="not its own state"):
-            compress(wrap(rank, make_model()), compressor="int8", queue=queue).load_state_dict({"momentum": 1})
-        state = compress(wrap(rank, make_model()), compressor="int8", dense_below=9, queue=queue).state_dict()
-        with pytest.raises(ValueError, match=r"method\.compressor: the checkpoint was written with .*int8"):
-            compress(wrap(rank, make_model()), compressor="lowrank", dense_below=9, queue=queue).load_state_dict(state)
-        assert queue.meter.snapshot()["operations"] == {}
-        queue.close()
-
-    run_ranks(1, work)
-
-
-def test_a_queue_of_other_ranks_is_refused() -> None:
-    def work(rank: Rank) -> None:
-        queue = rank.queue()
-        alone = Rank(0, 1, rank.store, rank.group)
-        if rank.rank == 0:
-            from ranks import gloo_group
-            from torch.distributed import PrefixStore
-
-            alone.group = gloo_group(PrefixStore("alone", rank.store), 0, 1, "alone")
-            with pytest.raises(ValueError, match="queue: it joins 2 ranks, the model's process group 1"):
-                compress(wrap(alone, make_model()), compressor="int8", queue=queue)
-        queue.close()
-
-    run_ranks(2, work)
 
 
 def test_parameters_that_are_not_used_leave_no_trace_in_the_memory() -> None:
