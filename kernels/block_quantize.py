@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from thinwire.kernels.code_planes import (
-    TILE,
     check_block,
     check_plane,
     codes_bytes,
@@ -19,6 +18,7 @@ from thinwire.kernels.code_planes import (
     pack_reference,
     plane_parts,
     planes_for,
+    tile_elements,
     tiles,
 )
 from thinwire.kernels.counter_random import WordMaker, check_place, dither_reference
@@ -80,8 +80,9 @@ def quantize(
         stochastic = rounding == "stochastic"
         launch_quantize(x, None, codes, scales, bits=bits, block=block, stochastic=stochastic, key=key, offset=offset)
     elif x.numel():
-        tile = BlockTile(bits, block, rounding, key)
-        for start, stop in tiles(x.numel(), block):
+        step = tile_elements(x.numel(), block)
+        tile = BlockTile(step, bits, block, rounding, key)
+        for start, stop in tiles(x.numel(), block, step):
             tile.write(x[start:stop], offset + start, *plane_parts(codes, scales, bits, block, start, stop))
     return codes, scales
 
@@ -131,8 +132,9 @@ def quantize_with_feedback(
             gradient, feedback, codes, scales, bits=bits, block=block, stochastic=stochastic, key=key, offset=offset
         )
     elif gradient.numel():
-        tile = BlockTile(bits, block, rounding, key)
-        for start, stop in tiles(gradient.numel(), block):
+        step = tile_elements(gradient.numel(), block)
+        tile = BlockTile(step, bits, block, rounding, key)
+        for start, stop in tiles(gradient.numel(), block, step):
             total = torch.add(gradient[start:stop], memory[start:stop], out=next_memory[start:stop])
             planes = plane_parts(codes, scales, bits, block, start, stop)
             tile.write(total, offset + start, *planes, keep_error=True)
@@ -170,14 +172,14 @@ def quantize_reference(
 
 
 class BlockTile:
-    """Quantises a tile at a time on the CPU, in memory that is allocated once."""
+    """Quantises up to `most` elements at a time on the CPU, in memory that is allocated once."""
 
-    def __init__(self, bits: int, block: int, rounding: Rounding, key: int) -> None:
+    def __init__(self, most: int, bits: int, block: int, rounding: Rounding, key: int) -> None:
         self._bits, self._block = bits, block
         self._levels = (1 << (bits - 1)) - 1
-        most = max(TILE, block)
         self._values, self._codes = torch.empty(most), torch.empty(most, dtype=torch.int8)
         self._random = WordMaker(key, most // 2 + 1) if rounding == "stochastic" else None
+        self._dither = torch.empty(most if self._random else 0)
 
     def write(self, x: Tensor, place: int, codes: Tensor, scales: Tensor, *, keep_error: bool = False) -> None:
         """Quantise x, a span of `tiles`, into its part of the planes; keep_error leaves x - decoded in x."""
@@ -204,13 +206,18 @@ class BlockTile:
         np.multiply(np.where(zero, np.float32(0), largest), np.float32(1 / self._levels), out=scales.numpy())
         torch.mul(x.view_as(rows), torch.from_numpy(inverse)[:, None], out=rows)
         if self._random is not None:
-            halves = self._random.halves(place, count)
-            values.add_(halves.to(torch.float32).add_(0.5), alpha=2.0**-16)
-        values.add_(_ROUND).sub_(_ROUND)  # round() would leave -0.0, and with it another error
+            dither = self._dither[:count].copy_(self._random.halves(place, count)).add_(0.5)
+            values.add_(dither, alpha=2.0**-16)
+        if keep_error:
+            values.add_(_ROUND).sub_(_ROUND)  # round_() would leave -0.0, and with it another error
+        else:
+            values.round_()
         if self._random is not None:
             values.clamp_(-self._levels, self._levels)
-        whole.copy_(values)
-        pack(whole, self._bits, codes)
+        if self._bits == 8:
+            codes.view(torch.int8).copy_(values)
+        else:
+            pack(whole.copy_(values), self._bits, codes)
         if keep_error:
             rows.mul_(scales[:, None])
             x.sub_(values)

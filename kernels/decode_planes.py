@@ -12,6 +12,7 @@ from thinwire.kernels.code_planes import (
     decode_tile,
     needs_reference,
     scales_count,
+    tile_elements,
     tiles,
 )
 from thinwire.kernels.quantize_on_gpu import launch_reduce
@@ -32,7 +33,7 @@ def decode_planes(
         if numel:
             launch_reduce(codes[None], scales[None], out, None, numel=numel, factor=1.0, bits=bits, block=block)
         return out
-    for start, stop in tiles(numel, block):
+    for start, stop in tiles(numel, block, tile_elements(numel, block)):
         decode_tile(
             codes[codes_bytes(start, bits) : codes_bytes(stop, bits)],
             scales[start // block : scales_count(stop, block)],

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from thinwire.kernels.block_quantize import BITS, BlockTile, Rounding, check_rounding, quantize_reference
 from thinwire.kernels.code_planes import (
-    TILE,
     check_block,
     check_plane,
     codes_bytes,
@@ -21,6 +20,7 @@ from thinwire.kernels.code_planes import (
     plane_parts,
     planes_for,
     scales_count,
+    tile_elements,
     tiles,
 )
 from thinwire.kernels.quantize_on_gpu import launch_reduce
@@ -64,8 +64,9 @@ def dequantize_reduce(
         if numel:
             launch_reduce(codes, scales, out, None, numel=numel, factor=factor, bits=bits, block=block)
         return out
-    summing = _SumTile(codes, scales, bits, block, factor)
-    for start, stop in tiles(numel, block):
+    step = tile_elements(numel, block)
+    summing = _SumTile(step, codes, scales, bits, block, factor)
+    for start, stop in tiles(numel, block, step):
         summing.sum(start, stop, out[start:stop])
     return out
 
@@ -122,25 +123,27 @@ def dequantize_reduce_quantize(
             offset=offset,
         )
     elif numel:
-        summing, scratch = _SumTile(codes, scales, bits, block, factor), torch.empty(max(TILE, block))
-        signs, numbers = SignTile(block), BlockTile(max(bits, 2), block, rounding, key)
-        for start, stop in tiles(numel, block):
+        step = tile_elements(numel, block)
+        summing, scratch = _SumTile(step, codes, scales, bits, block, factor), torch.empty(step)
+        signs = SignTile(step, block) if bits == 1 else None
+        numbers = None if bits == 1 else BlockTile(step, bits, block, rounding, key)
+        for start, stop in tiles(numel, block, step):
             total = scratch[: stop - start]
             summing.sum(start, stop, total)
             planes = plane_parts(out_codes, out_scales, bits, block, start, stop)
-            if bits == 1:
+            if signs is not None:
                 signs.write(total, *planes)
-            else:
+            if numbers is not None:
                 numbers.write(total, offset + start, *planes)
     return out_codes, out_scales
 
 
 class _SumTile:
-    """Sums a tile at a time on the CPU, in memory that is allocated once."""
+    """Sums up to `most` elements at a time on the CPU, in memory that is allocated once."""
 
-    def __init__(self, codes: Tensor, scales: Tensor, bits: int, block: int, factor: float) -> None:
+    def __init__(self, most: int, codes: Tensor, scales: Tensor, bits: int, block: int, factor: float) -> None:
         self._codes, self._scales, self._bits, self._block, self._factor = codes, scales, bits, block, factor
-        self._decoded = torch.empty(max(TILE, block))
+        self._decoded = torch.empty(most)
 
     def sum(self, start: int, stop: int, out: Tensor) -> None:
         """Write the sum of elements start to stop, a span of `tiles`, to `out`."""

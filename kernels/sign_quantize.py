@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from thinwire.kernels.code_planes import (
-    TILE,
     check_block,
     check_plane,
     decode_reference,
@@ -15,6 +15,7 @@ from thinwire.kernels.code_planes import (
     pack_reference,
     plane_parts,
     planes_for,
+    tile_elements,
     tiles,
 )
 from thinwire.kernels.decode_planes import decode_planes
@@ -55,8 +56,9 @@ def quantize_sign(
     elif x.device.type == "cuda" and x.numel():
         launch_quantize(x, None, bits, scales, bits=1, block=block)
     elif x.numel():
-        tile = SignTile(block)
-        for start, stop in tiles(x.numel(), block):
+        step = tile_elements(x.numel(), block)
+        tile = SignTile(step, block)
+        for start, stop in tiles(x.numel(), block, step):
             tile.write(x[start:stop], *plane_parts(bits, scales, 1, block, start, stop))
     return bits, scales
 
@@ -97,8 +99,9 @@ def quantize_sign_with_feedback(
     elif gradient.device.type == "cuda" and gradient.numel():
         launch_quantize(gradient, (memory, next_memory), bits, scales, bits=1, block=block)
     elif gradient.numel():
-        tile = SignTile(block)
-        for start, stop in tiles(gradient.numel(), block):
+        step = tile_elements(gradient.numel(), block)
+        tile = SignTile(step, block)
+        for start, stop in tiles(gradient.numel(), block, step):
             total = torch.add(gradient[start:stop], memory[start:stop], out=next_memory[start:stop])
             tile.write(total, *plane_parts(bits, scales, 1, block, start, stop), keep_error=True)
     return bits, scales
@@ -125,30 +128,30 @@ def quantize_sign_reference(x: Tensor, *, block: int) -> tuple[Tensor, Tensor]:
 
 
 class SignTile:
-    """Quantises a tile at a time on the CPU, in memory that is allocated once."""
+    """Quantises up to `most` elements at a time on the CPU, in memory that is allocated once."""
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, most: int, block: int) -> None:
         self._block = block
-        most = max(TILE, block)
-        self._values, self._positive = torch.empty(most), np.empty(most, dtype=np.bool_)
+        self._values, self._positive = np.empty(most, dtype=np.float32), np.empty(most, dtype=np.bool_)
 
+    @np.errstate(over="ignore", invalid="ignore")  # the scales tell
     def write(self, x: Tensor, bits: Tensor, scales: Tensor, *, keep_error: bool = False) -> None:
         """Quantise x, a span of `tiles`, into its part of the planes; keep_error leaves x - decoded in x."""
-        block, count = self._block, x.numel()
+        count = x.numel()
+        source, means = x.numpy(), scales.numpy()
         values, positive = self._values[:count], self._positive[:count]
-        np.greater_equal(x.numpy(), 0, out=positive)
+        np.greater_equal(source, 0, out=positive)
         np.copyto(bits.numpy(), np.packbits(positive, bitorder="little"))
-        torch.abs(x, out=values)
-        rows = values.view(-1, block) if count % block == 0 else values.view(1, count)
-        width = _power_of_two(block)
-        if rows.shape[1] < width:
-            rows = torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
-        torch.div(_tree_sum(rows), min(block, count), out=scales)
+        np.abs(source, out=values)
+        width = min(self._block, count)
+        np.divide(_tree_sum_on_cpu(values.reshape(-1, width), self._block), np.float32(width), out=means)
         if keep_error:
-            values.copy_(torch.from_numpy(positive)).mul_(2).sub_(1)
-            decoded = values.view(len(scales), -1)
-            decoded.mul_(scales[:, None])
-            x.sub_(values)
+            np.add(source, np.float32(0), out=values)  # makes -0.0 positive, so that the sign bits are those sent
+            decoded = values.view(np.int32)
+            decoded &= np.int32(-(2**31))
+            rows = decoded.reshape(-1, width)
+            rows |= means.view(np.int32)[:, None]
+            np.subtract(source, values, out=source)
 
 
 def _tree_sum(rows: Tensor) -> Tensor:
@@ -156,6 +159,18 @@ def _tree_sum(rows: Tensor) -> Tensor:
     while (half := rows.shape[1] // 2) > 0:
         rows = rows[:, :half] + rows[:, half:]
     return rows[:, 0]
+
+
+def _tree_sum_on_cpu(rows: npt.NDArray[np.float32], block: int) -> npt.NDArray[np.float32]:
+    """`_tree_sum` of rows to which zeros are added."""
+    if (missing := _power_of_two(block) - rows.shape[1]) > 0:
+        rows = np.pad(rows, ((0, 0), (0, missing)))
+    while (half := rows.shape[1] // 2) >= 16:
+        rows = rows[:, :half] + rows[:, half:]
+    columns: npt.NDArray[np.float32] = np.ascontiguousarray(rows.T)  # short rows are slow to add
+    while (half := len(columns) // 2) > 0:
+        columns = columns[:half] + columns[half:]
+    return columns.reshape(-1)
 
 
 def _power_of_two(count: int) -> int:

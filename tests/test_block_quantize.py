@@ -63,8 +63,8 @@ def test_many_tiles_and_cutting_at_any_block_give_the_same_bits(rounding: str) -
 
 
 def test_tiles_cover_everything_once() -> None:
-    for numel, block, tile in [(0, 8, 64), (7, 8, 64), (1000, 8, 64), (1000, 256, 64), (1024, 256, 512)]:
-        spans = list(tiles(numel, block, tile=tile))
+    for numel, block, step in [(0, 8, 64), (7, 8, 64), (1000, 8, 64), (1000, 256, 256), (1024, 256, 512)]:
+        spans = list(tiles(numel, block, step))
         assert [start for start, _ in spans] + [numel] == [0] * (numel > 0) + [stop for _, stop in spans] + [0] * (
             numel == 0
         )
