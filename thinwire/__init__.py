@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from thinwire.comm.allreduce import allreduce as allreduce
+    from thinwire.comm.compress.auto import Auto as Auto
     from thinwire.comm.compress.compressors.block_quantized import Int4 as Int4
     from thinwire.comm.compress.compressors.block_quantized import Int8 as Int8
     from thinwire.comm.compress.compressors.block_quantized import Ternary as Ternary
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from thinwire.comm.compress.feedback.ef21_variants import EF21PP as EF21PP
     from thinwire.comm.compress.feedback.ef21_variants import EF21SGDM as EF21SGDM
     from thinwire.comm.compress.feedback.ef21_weighted import EF21W as EF21W
+    from thinwire.comm.compress.feedback.ef21_weighted import SmoothnessEstimate as SmoothnessEstimate
     from thinwire.comm.compress.standalone import CompressedMean as CompressedMean
     from thinwire.comm.errors import CommError as CommError
     from thinwire.comm.errors import NonFiniteWeightsError as NonFiniteWeightsError
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 # Name -> module that defines it. Nothing here imports torch until the name is used.
 _PUBLIC = {
+    "Auto": "thinwire.comm.compress.auto",
     "BF16": "thinwire.comm.compress.compressors.dense",
     "CommError": "thinwire.comm.errors",
     "CompressedMean": "thinwire.comm.compress.standalone",
@@ -65,6 +68,7 @@ _PUBLIC = {
     "PeerLostError": "thinwire.comm.errors",
     "RandK": "thinwire.comm.compress.compressors.rand_k",
     "Sign": "thinwire.comm.compress.compressors.sign",
+    "SmoothnessEstimate": "thinwire.comm.compress.feedback.ef21_weighted",
     "Ternary": "thinwire.comm.compress.compressors.block_quantized",
     "TernaryCluster": "thinwire.comm.compress.compressors.ternary_cluster",
     "Threshold": "thinwire.comm.compress.compressors.threshold",

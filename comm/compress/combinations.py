@@ -40,7 +40,7 @@ def check_combination(
     if isinstance(feedback, EF21BC):
         _check_both_directions(kind, collective, cuttable=cuttable, exact_within=exact_within)
     if isinstance(feedback, DGC):
-        _check_dgc(compressor, feedback)
+        _check_dgc(compressor, feedback, exact_within=exact_within)
     if _kind_of(feedback) in ("ef21_w", "ef21_pp"):
         if exact_within:
             raise ValueError(
@@ -102,7 +102,12 @@ def _check_both_directions(kind: str, collective: str, *, cuttable: bool, exact_
         raise ValueError("feedback: ef21_bc has no form with exact_within; give exact_within: null or feedback: ef21")
 
 
-def _check_dgc(compressor: Compressor, feedback: DGC) -> None:
+def _check_dgc(compressor: Compressor, feedback: DGC, *, exact_within: bool) -> None:
+    if exact_within:
+        raise ValueError(
+            "feedback: dgc masks the entries that this rank has sent, but with exact_within a whole group sends one "
+            "message; give exact_within: null or feedback: ef"
+        )
     if not compressor.sparse:
         raise ValueError(
             f"feedback: dgc forgets the momentum of entries that were sent, and compressor {_kind_of(compressor)} "

@@ -40,7 +40,10 @@ def add_to(out: Tensor, decoded: Decoded, scale: float = 1.0) -> None:
         flat.index_add_(0, decoded.indices, values.to(out.dtype))
     else:
         values = decoded.view(-1)
-        flat += values if scale == 1.0 else values * scale
+        if scale in (1.0, -1.0):
+            flat.add_(values, alpha=int(scale))  # exact, and without the product's memory
+        else:
+            flat += values * scale
 
 
 def to_dense(decoded: Decoded) -> Tensor:

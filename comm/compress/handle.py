@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from thinwire.comm.channel import Channel
 from thinwire.comm.compress.assemble import assemble
 from thinwire.comm.compress.auto import Auto, Chooser
+from thinwire.comm.compress.feedback.ef21_weighted import WeightedEF21
 from thinwire.comm.compress.pipeline import Pipeline
 from thinwire.comm.compress.routes import describe_routes, routes_from_plain, routes_to_plain
 from thinwire.comm.compress.settings import CompressSettings
@@ -142,10 +143,37 @@ class CompressedExchange(ABC):
         return {**found, "gradient_norm": self._gradient_norm} if self.clip_norm else found
 
     def describe(self) -> str:
-        """A table: for each tensor the codec, its bytes dense and sent, and why."""
-        table = describe_routes(self._pipeline.shapes, self._pipeline.routes)
-        warm_up = self.settings.start_step
-        return f"{table}\nbut all tensors dense in the first {warm_up:,} steps" if warm_up else table
+        """A table: for each tensor the codec, its bytes dense and sent, and why; and the step sizes of EF21-W."""
+        lines = [describe_routes(self._pipeline.shapes, self._pipeline.routes)]
+        if warm_up := self.settings.start_step:
+            lines.append(f"but all tensors dense in the first {warm_up:,} steps")
+        told = self._pipeline.feedback.metrics()
+        if "step_size" in told:
+            lines.append(
+                f"feedback ef21_w: proven for step sizes up to {told['step_size']:.4g} (with the arithmetic mean of "
+                f"the L_i); EF21's first proof allows {told['step_size_ef21']:.4g} (with the quadratic mean)"
+            )
+        return "\n".join(lines)
+
+    def weigh_by(self, smoothness: float) -> list[float]:
+        """Weigh the ranks of feedback ef21_w by what each has estimated of its L_i; between steps. Collective.
+
+        Args:
+            smoothness: this rank's L_i, such as SmoothnessEstimate gives.
+        Returns: those of all ranks.
+        Raises:
+            ValueError: another feedback, or not a positive number on some rank.
+        """
+        feedback = self._pipeline.feedback
+        if not isinstance(feedback, WeightedEF21):
+            raise ValueError(
+                f"weigh_by: feedback {self.settings.feedback.kind} has no weights; give feedback: ef21_w for them"
+            )
+        mine = torch.tensor([smoothness], dtype=torch.float64)
+        gathered = self._queue.submit("control/smoothness", lambda channel: channel.all_gather_same(mine)).wait()
+        values: list[float] = gathered.flatten().tolist()
+        feedback.set_smoothness(values)
+        return values
 
     @abstractmethod
     def remove(self) -> None:

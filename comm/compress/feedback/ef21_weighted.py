@@ -30,8 +30,8 @@ class EF21W(FeedbackSettings):
     Memory: as EF21.
 
     Args:
-        smoothness: L_i by rank, in any common unit; weights of 1/n, so EF21, until WeightedEF21.set_smoothness() if not
-            given (SmoothnessEstimate measures them).
+        smoothness: L_i by rank, in any common unit. If not given, the weights are 1/n, as in EF21, until the handle's
+            weigh_by() has exchanged what a SmoothnessEstimate measures on each rank.
         contraction: the compressor's alpha; metrics() then gives step sizes, with L_AM for L where that is not known.
         smoothness_of_mean: L.
     """
