@@ -117,9 +117,9 @@ def kernel(
     above, equal = ranks & 0xFFFF, ranks >> 16
     room = K - tl.sum((bits > limit).to(tl.int32))
     keep = (bits > limit) | ((bits == limit) & (equal <= room))
-    place = above + tl.minimum(equal, room) - 1
-    tl.store(places + row * K + place, lane, mask=keep)
-    tl.store(values + row * K + place, number, mask=keep)
+    place = row * K + above + tl.minimum(equal, room) - 1
+    tl.store(places + place, lane, mask=keep)
+    tl.store(values + place, number, mask=keep)
 
 
 def compile_time(k: int, chunk: int) -> dict[str, int]:
