@@ -45,9 +45,10 @@ def compress(
 
         c_r = g_r + e_r;  every rank gets 1/n sum_q C(c_q), the same bits;  e_r <- c_r - C(c_r)
 
-    Buckets are exchanged while backward still runs, unless clip_norm or a compressor of scope "global" needs all of
-    them first. What is decoded is added in fp32 and in rank order. If a gradient of any rank is NaN or infinite, every
-    rank's gradients are, in places, and no memory has changed: a GradScaler then skips the step on every rank.
+    Groups of gradients, of DDP's bucket size, are exchanged while backward still runs, unless clip_norm or a compressor
+    of scope "global" needs all of them first. What is decoded is added in fp32 and in rank order. If a gradient of any
+    rank is NaN or infinite, every rank's gradients are, in places, and no memory has changed: a GradScaler then skips
+    the step on every rank.
 
     Args:
         model: wrapped in DistributedDataParallel; or by fully_shard() on the 1-D mesh of the fast domain. FSDP2 then
@@ -56,7 +57,7 @@ def compress(
             exchange. set_requires_gradient_sync(False) and set_requires_all_reduce(False) accumulate without sending.
         compressor: settings, such as TopK(density=0.01, values="int8"), a mapping with `kind`, or the name of a kind.
         feedback: settings, a mapping with `kind`, or a name: "none", "ef", "ef21", "ef21_sgdm", "dgc", ...
-        collective: "auto", "two_shot", "all_gather", "leader_indices" or "balanced".
+        collective: "auto", "two_shot", "all_gather", "leader_indices", "balanced" or "contributor_mean".
         exact_within: groups of ranks of the queue, such as world.mesh.groups("node"), that average exactly in fp32 and
             send one compressed message each.
         dense_below: tensors of fewer elements are sent in fp32.
@@ -70,7 +71,7 @@ def compress(
         queue: CommQueue over the ranks of the model's process group, or, for fully_shard, over those that hold the
             same shard; default: a new one over `group`.
         group: the ranks when no queue is given; default: all; for fully_shard, one of the two must be given.
-        timeout_s: deadline of one bucket when no queue is given, in seconds.
+        timeout_s: deadline of one group when no queue is given, in seconds.
     Returns: the handle, a comm.method.Method; describe() says for each tensor what is sent and why.
     Raises:
         ValueError: a setting, a combination or a wrapper that cannot work; nothing has been sent or changed.

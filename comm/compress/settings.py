@@ -26,7 +26,7 @@ class CompressSettings(Settings):
     dense_below: tensors of fewer elements are sent in fp32.
     start_step: this many first steps are sent in fp32; feedbacks other than none and ef learn from them.
     clip: where the trainer's clip_norm applies. "before": to the gradient itself, before C sees it, by the factor
-      min(1, clip_norm / sqrt(mean_r ||g_r||^2)), which needs all buckets, so that none is sent while backward still
+      min(1, clip_norm / sqrt(mean_r ||g_r||^2)), which needs all gradients, so that none is sent while backward
       runs. "after": to the decoded mean; overlaps, but what is clipped off is lost and not remembered.
     seed: of all that is drawn at random.
     """
