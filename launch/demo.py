@@ -5,6 +5,7 @@ Imports no torch: the ranks are processes of their own.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -28,9 +29,10 @@ class Variant:
 
 _LOW_RANK = "method={kind: compress, compressor: {kind: lowrank, rank: 16, dtype: bf16}, clip: after}"
 _SPARSELOCO = (
-    "method={kind: local_sgd, every: 8, outer: {kind: sgd, lr: 1.0}, feedback: {kind: ef, decay: 0.95}, "
-    "compressor: {kind: topk, k: 64, chunk: 4096, values: 2bit}}"
+    "method={kind: local_sgd, every: ROUND, outer: {kind: sgd, lr: 1.0}, feedback: {kind: ef, decay: 0.95}, "
+    "compressor: {kind: topk, k: 64, chunk: 4096, values: 2bit}, collective: contributor_mean}"
 )
+_ROUND = 8  # local steps of a round, or fewer where they do not divide the steps of the run
 
 # A method that lands adds its line here.
 VARIANTS = (
@@ -87,7 +89,9 @@ def demo(*, hosts: int, rate_bps: float, steps: int | None, folder: Path) -> int
 
 def _command(config: Path, variant: Variant, hosts: int, steps: int | None, folder: Path, name: str) -> list[str]:
     threads = max(1, (os.cpu_count() or 1) // hosts)  # the hosts share this machine's cores
-    settings = [f"output.folder={folder}", f"name={name}", f"world.threads={threads}", *variant.overrides]
+    local_steps = math.gcd(_ROUND, steps or _ROUND)
+    overrides = [override.replace("ROUND", str(local_steps)) for override in variant.overrides]
+    settings = [f"output.folder={folder}", f"name={name}", f"world.threads={threads}", *overrides]
     if steps is not None:
         settings.append(f"train.steps={steps}")
     return [sys.executable, "-m", "thinwire", "train", str(config), *settings]
