@@ -1,20 +1,21 @@
 """Claim: over a slow link, thinwire reaches fp32 DDP's loss many times sooner, and sooner than any peer that runs here.
 
-    python benchmarks/training.py [--rates 20mbit 100mbit] [--steps 150] [--json FILE] [--plot FILE]
+    python benchmarks/training.py [--rates 10gbit 100mbit 20mbit] [--keep FOLDER] [--json FILE] [--plot FILE]
 
 Trains the 3 M-parameter GPT of configs/demo.yaml (four hosts in the lab, batch 4 x 128 per rank) in each way, and asks
 after how many seconds of training, evaluation not counted, it has the validation loss that torch's fp32 DDP has after
 all its steps.
 
-What a run learns does not depend on the link, so each way is trained to the end once, at the fastest rate; at the other
-rates its first steps are timed, and their losses must be those of the full run. A way whose loss is still too high at
-its last step has no time to the target.
+What a run learns does not depend on the link, so each way is trained to the end once, at the first rate; at the other
+rates its first steps are timed, and their losses must be those of the full run. Only `auto` chooses by the link, and is
+trained to the end at every rate. A way whose loss is still too high at its last step has no time to the target.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -47,6 +48,7 @@ class Way:
     peer: str = ""
     warm_up_steps: int = 1
     period: int = 1  # steps from one synchronisation to the next
+    adapts: bool = False  # what it learns depends on the link
 
 
 def compress(compressor: str) -> tuple[str, ...]:
@@ -65,7 +67,7 @@ WAYS = (
     Way("torch DDP, PowerSGD hook rank 16", peer="powersgd", warm_up_steps=4),
     Way("plain DiLoCo, every 10 steps", peer="diloco", period=10),
     Way("thinwire lowrank 16, ef", compress("{kind: lowrank, rank: 16, dtype: bf16}"), warm_up_steps=2),
-    Way("thinwire auto, ef", compress("auto"), warm_up_steps=4),
+    Way("thinwire auto, ef", compress("auto"), warm_up_steps=4, adapts=True),
     Way("thinwire topk 1 %, int8 values, ef", compress("{kind: topk, density: 0.01, values: int8}"), warm_up_steps=2),
     Way("thinwire SparseLoCo, every 10 steps", (SPARSELOCO,), period=10),
 )
@@ -83,37 +85,56 @@ class Curve:
 
 def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
-    parser.add_argument("--rates", nargs="+", default=["100mbit", "20mbit"], help="link of each host, fastest first")
+    parser.add_argument("--rates", nargs="+", default=["10gbit", "100mbit", "20mbit"], help="link of each host")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--timed", type=int, default=12, help="steps that are timed at the other rates, at least")
-    parser.add_argument("--only", default="", help="ways whose label contains this, besides fp32 DDP")
+    parser.add_argument("--only", nargs="*", help="ways whose label contains one of these, besides fp32 DDP")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep each run's curve there, and use what it has")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there")
     options = parser.parse_args()
-    ways = [way for way in WAYS if way is WAYS[0] or options.only in way.label]
+    ways = [w for w in WAYS if w is WAYS[0] or not options.only or any(part in w.label for part in options.only)]
     rates = [parse_rate(rate) for rate in options.rates]
-    full: dict[str, Curve] = {}
-    timed: dict[tuple[str, float], Curve] = {}
+    curves: dict[tuple[str, float], Curve] = {}
     for way in ways:
         for rate_bps in rates:
-            steps = options.steps if rate_bps == rates[0] else max(options.timed, 1 + 2 * way.period)
-            curve = train(way, rate_bps, options.steps, steps)
+            whole = way.adapts or rate_bps == rates[0]
+            steps = options.steps if whole else max(options.timed, 1 + 2 * way.period)
+            curve = kept(options.keep, way, rate_bps, options.steps, steps)
             if curve is None:
                 break
-            timed[way.label, rate_bps] = curve
-            if rate_bps == rates[0]:
-                full[way.label] = curve
-            elif curve.losses != full[way.label].losses[: len(curve.losses)]:
+            curves[way.label, rate_bps] = curve
+            if not whole and curve.losses != curves[way.label, rates[0]].losses[: len(curve.losses)]:
                 raise SystemExit(f"{way.label}: the losses at {format_rate(rate_bps)} are not those of the full run")
-    ways = [way for way in ways if way.label in full]
-    target = full[WAYS[0].label].validation[-1][1]
+    ways = [way for way in ways if (way.label, rates[-1]) in curves]
+    full = {(w.label, rate): curves[w.label, rate if w.adapts else rates[0]] for w in ways for rate in rates}
+    target = full[WAYS[0].label, rates[0]].validation[-1][1]
     rows: list[Row] = []
     for rate_bps in rates:
-        baseline_s = seconds_at(way_steps(full[WAYS[0].label], target), WAYS[0], timed[WAYS[0].label, rate_bps])
+        baseline_s = seconds_at(options.steps, WAYS[0], curves[WAYS[0].label, rate_bps])
         for way in ways:
-            rows.append(row(way, rate_bps, full[way.label], timed[way.label, rate_bps], target, baseline_s))
+            place = way.label, rate_bps
+            rows.append(row(way, rate_bps, full[place], curves[place], target, baseline_s))
     report(str(__doc__).splitlines()[0], rows, device=torch.device("cpu"), path=options.json)
     if options.plot:
-        draw(ways, rates, full, timed, target, options.plot)
+        draw(ways, rates, full, curves, target, options.plot)
+
+
+def kept(folder: Path | None, way: Way, rate_bps: float, schedule_steps: int, steps: int) -> Curve | None:
+    """The curve of this run, from the folder if it is there, otherwise from training."""
+    name = re.sub(r"\W+", "-", f"{way.label} {format_rate(rate_bps)} {steps} of {schedule_steps}") + ".json"
+    if folder is not None and (folder / name).exists():
+        content = json.loads((folder / name).read_text())
+        return Curve(
+            step_s=tuple(content["step_s"]),
+            losses=tuple(content["losses"]),
+            validation=tuple((step, loss) for step, loss in content["validation"]),
+            sent_bytes=content["sent_bytes"],
+        )
+    curve = train(way, rate_bps, schedule_steps, steps)
+    if folder is not None and curve is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(vars(curve)))
+    return curve
 
 
 def train(way: Way, rate_bps: float, schedule_steps: int, steps: int) -> Curve | None:
@@ -199,7 +220,7 @@ def row(way: Way, rate_bps: float, full: Curve, timed: Curve, target: float, bas
 def draw(
     ways: Sequence[Way],
     rates: Sequence[float],
-    full: dict[str, Curve],
+    full: dict[tuple[str, float], Curve],
     timed: dict[tuple[str, float], Curve],
     target: float,
     path: Path,
@@ -216,7 +237,8 @@ def draw(
     for axes, rate_bps in zip([panels] if len(rates) == 1 else panels, rates, strict=True):
         for way in ways:
             points: list[tuple[float, Any]] = [
-                (seconds_at(step, way, timed[way.label, rate_bps]), loss) for step, loss in full[way.label].validation
+                (seconds_at(step, way, timed[way.label, rate_bps]), loss)
+                for step, loss in full[way.label, rate_bps].validation
             ]
             style = "--" if way.peer else "-"
             axes.plot(*zip(*points, strict=True), style, linewidth=1.5 if way.peer else 2.2, label=way.label)
