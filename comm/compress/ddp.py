@@ -40,8 +40,10 @@ class CompressedDDP(CompressedExchange):
         parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._names = {id(p): name for name, p in parameters.items()}
         shapes = {name: p.shape for name, p in parameters.items()}
-        # Backward comes upon the last parameters first.
-        self._groups = in_groups({name: shapes[name] for name in reversed(list(shapes))}, model.bucket_bytes_cap)
+        # Backward comes upon the last parameters first. Small ones share one exchange at the end, which in every group
+        # would cost two latencies for a few bytes.
+        order = sorted(reversed(list(shapes)), key=lambda name: shapes[name].numel() < settings.dense_below)
+        self._groups = in_groups({name: shapes[name] for name in order}, model.bucket_bytes_cap)
         self._group_of = {name: i for i, group in enumerate(self._groups) for name in group}
         super().__init__(
             settings,
