@@ -211,6 +211,7 @@ def row(way: Way, rate_bps: float, full: Curve, timed: Curve, target: float, bas
         "against fp32": full.validation[-1][1] / target,
         "s per step": steady_step_s(way, timed),
         "sent MB per step": full.sent_bytes / 1e6,
+        "s for all steps": f"{seconds_at(full.validation[-1][0], way, timed):.0f}",
         "steps to target": f"{steps:.0f}" if reached else "-",
         "s to target": f"{seconds:.0f}" if reached else "-",
         "times sooner": f"{baseline_s / seconds:.1f}" if reached else "-",
