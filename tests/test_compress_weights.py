@@ -50,3 +50,16 @@ def test_other_feedbacks_have_no_weights() -> None:
         queue.close()
 
     run_ranks(1, work)
+
+
+@pytest.mark.parametrize("feedback", ["dgc", "ef21_w", "ef21_pp"])
+def test_feedbacks_of_single_ranks_are_refused_for_groups_that_send_one_message(feedback: str) -> None:
+    def work(rank: Rank) -> None:
+        queue = rank.queue()
+        with pytest.raises(ValueError, match="give exact_within: null"):
+            tw.CompressedMean(
+                {"x": torch.zeros(3)}, compressor="topk", feedback=feedback, exact_within=[[0, 1]], queue=queue
+            )
+        queue.close()
+
+    run_ranks(2, work)

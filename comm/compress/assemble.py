@@ -9,6 +9,7 @@ import torch
 from thinwire.comm.compress.auto import Auto, measuring_routes
 from thinwire.comm.compress.collective import Collective
 from thinwire.comm.compress.collectives import Hierarchical, TwoShot, build_collective
+from thinwire.comm.compress.combinations import check_combination
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.feedback import build_feedback
 from thinwire.comm.compress.joined import Joined
@@ -36,6 +37,9 @@ def assemble(
     Raises:
         ValueError: the feedback does not fit the place, or no tensor has a name.
     """
+    if inner is not None and not isinstance(settings.compressor, Auto):
+        # The settings know a level's name only; who gives the groups themselves is held to the same rules here.
+        check_combination(settings.compressor, settings.feedback, settings.collective, exact_within=True)
     feedback = build_feedback(settings.feedback, rank=rank, size=size, seed=settings.seed, learning_rate=learning_rate)
 
     def build(compressor: Compressor) -> Collective:
