@@ -1,0 +1,1 @@
+"""Shared-randomness SPSA: machines exchange one byte per gradient and stay equal bit for bit."""
