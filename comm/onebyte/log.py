@@ -50,8 +50,8 @@ class Log:
     """An append-only file of records; all of it is verified when it is opened.
 
     One process at a time may have it open for writing; others may read it meanwhile (a reader sees what was there when
-    it opened the file). A record counts once append() returns: it then outlives this process, and the machine after
-    sync().
+    it opened the file). One thread at a time may use it. A record counts once append() returns: it then outlives this
+    process, and the machine after sync().
 
     Attributes: path, manifest, read_only; torn_bytes: the length of an incomplete record at the end, left by a process
     that was killed while it wrote; cut off when the file is opened for writing, ignored when only read.
@@ -101,10 +101,16 @@ class Log:
                 _lock(file, path)
             data = _read_all(file)
             log = cls(file, path, _manifest_of(data, path), read_only=read_only)
-            end = log._offsets[0] + log._take(data[log._offsets[0] :])
-            log.torn_bytes = len(data) - end
+            try:
+                log._take(data, log.size_bytes)
+            except RecordError as error:
+                raise LogError(
+                    f"{path}: record {len(log)}, at byte {log.size_bytes}: {error}. The records before it are sound: "
+                    f"take the log of another machine, or cut this one there (truncate -s {log.size_bytes})"
+                ) from None
+            log.torn_bytes = len(data) - log.size_bytes
             if log.torn_bytes and not read_only:
-                os.ftruncate(file, end)
+                os.ftruncate(file, log.size_bytes)
         except BaseException:
             os.close(file)
             raise
@@ -209,10 +215,13 @@ class Log:
         self._check_writable()
         length, offset = len(self), self._offsets[-1]
         try:
-            taken = self._take(data)
+            taken = self._take(data, 0)
             self._write(data[:taken], offset)
-        except BaseException:
+        except BaseException as error:
+            at = self._offsets[-1] - offset
             self._forget(length)
+            if isinstance(error, RecordError):
+                raise LogError(f"{self.path}: byte {at} of what should follow record {length - 1}: {error}") from None
             raise
         return taken
 
@@ -222,20 +231,16 @@ class Log:
             os.close(self._file)
             self._file = -1
 
-    def _take(self, data: bytes) -> int:
+    def _take(self, data: bytes, at: int) -> int:
         """Verify records that follow the last one, and index them. Returns where the last whole one ends."""
-        at = 0
         while True:
-            try:
-                found = decode(data, at, self._context)
-            except RecordError as error:
-                raise self._damaged(str(error)) from None
+            found = decode(data, at, self._context)
             if found is None or len(data) < found[1] + _CHECK_BYTES:
                 return at
             record, end = found
             hashed = sha256(self._chain[-_HASH_BYTES:] + data[at:end]).digest()
             if data[end : end + _CHECK_BYTES] != hashed[:_CHECK_BYTES]:
-                raise self._damaged("its check bytes are not those of the chain")
+                raise RecordError("its check bytes are not those of the chain")
             self._count(record, end + _CHECK_BYTES - at, hashed)
             at = end + _CHECK_BYTES
 
@@ -274,12 +279,6 @@ class Log:
     def _check_writable(self) -> None:
         if self.read_only:
             raise LogError(f"{self.path} was opened read-only")
-
-    def _damaged(self, what: str) -> LogError:
-        return LogError(
-            f"{self.path}: record {len(self)}, at byte {self._offsets[-1]}: {what}. The records before it are sound: "
-            f"take the log of another machine, or cut this one there (truncate -s {self._offsets[-1]})"
-        )
 
 
 def _start(mark: _Mark) -> int:

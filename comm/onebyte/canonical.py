@@ -1,0 +1,105 @@
+"""The canonical tensors of a run: which, in which order, on which grids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from thinwire.comm.onebyte.lattice import grid_exponent
+from thinwire.comm.onebyte.manifest import Manifest, TensorEntry
+from thinwire.comm.onebyte.settings import OneByteSettings, nearest_log2
+from thinwire.comm.onebyte.stream import MAX_TENSORS
+
+_DTYPES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def canonical(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor, Mapping[str, Any]]]:
+    """(name, parameter, its group) of each trained tensor, in order, tied weights once.
+
+    Args:
+        groups: an optimizer's param_groups, with names.
+    Raises:
+        ValueError: a tensor that cannot be trained so, or none.
+    """
+    found: list[tuple[str, Tensor, Mapping[str, Any]]] = []
+    seen: set[tuple[int, int]] = set()
+    for group in groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            if not parameter.requires_grad:
+                continue  # frozen, as for every optimizer
+            _check(name, parameter)
+            storage = (parameter.data_ptr(), parameter.numel())
+            if parameter.numel() and storage not in seen:
+                seen.add(storage)
+                found.append((name, parameter, group))
+    if not found:
+        raise ValueError("OneByteSPSA: no parameter has requires_grad; give those that shall be trained")
+    assert len(found) <= MAX_TENSORS
+    return found
+
+
+def describe_run(tensors: Sequence[tuple[str, Tensor, Mapping[str, Any]]], settings: OneByteSettings) -> Manifest:
+    """The manifest of a run that begins at these weights."""
+    first_rate = tensors[0][2]["lr"]
+    entries = tuple(
+        TensorEntry(
+            name=name,
+            shape=tuple(parameter.shape),
+            dtype=_DTYPES[parameter.dtype],
+            exponent=_exponent(name, parameter),
+            eps_log2=_eps_log2(group["eps"], settings),
+            rate_scale=group["lr"] / first_rate,
+            decay=group["weight_decay"] if parameter.dim() > 1 else 0.0,
+        )
+        for name, parameter, group in tensors
+    )
+    for entry in entries:
+        if entry.exponent + entry.eps_log2 < 0:
+            raise ValueError(
+                f"OneByteSPSA: eps 2^{entry.eps_log2} is finer than the grid of {entry.name}, 2^-{entry.exponent}, "
+                "whose weights are that large; give its group a larger eps"
+            )
+    return Manifest(
+        seed=settings.seed,
+        base_hash=base_hash((name, parameter) for name, parameter, _ in tensors),
+        numerics=settings.numerics(),
+        tensors=entries,
+    )
+
+
+def base_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of tensors with their names, shapes and dtypes, hex."""
+    whole = hashlib.sha256()
+    for name, tensor in tensors:
+        whole.update(f"{name} {_DTYPES[tensor.dtype]} {list(tensor.shape)};".encode())
+        whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def _exponent(name: str, parameter: Tensor) -> int:
+    try:
+        return grid_exponent(parameter)
+    except ValueError as error:
+        raise ValueError(f"OneByteSPSA: {name}: {error}") from None
+
+
+def _eps_log2(eps: float, settings: OneByteSettings) -> int:
+    return settings.numerics().eps_log2 + nearest_log2(eps) - nearest_log2(settings.eps)
+
+
+def _check(name: str, parameter: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        raise ValueError(f"OneByteSPSA: {name} is sharded (a DTensor); every machine holds the whole model here")
+    if parameter.dtype not in _DTYPES:
+        raise ValueError(f"OneByteSPSA: {name} has dtype {parameter.dtype}; it must be float32, bfloat16 or float16")
+    if not parameter.is_contiguous():
+        raise ValueError(f"OneByteSPSA: {name} is not contiguous; make it so with .contiguous()")
