@@ -66,11 +66,15 @@ def split(paths: Iterable[Path], validation_fraction: float) -> Split:
     So the side of a file depends on nothing else: not on its name, the other files, or the seed; and two copies of one
     file are on the same side. Empty files are left out.
     """
-    limit = int(validation_fraction * (1 << _SPLIT_BITS))
     sides: tuple[list[bytes], list[bytes]] = ([], [])
     for path in paths:
         content = path.read_bytes()
         if content:
-            draw = int.from_bytes(hashlib.sha256(content).digest()[: _SPLIT_BITS // 8], "big")
-            sides[draw < limit].append(content)
+            sides[on_validation_side(content, validation_fraction)].append(content)
     return Split(*sides)
+
+
+def on_validation_side(content: bytes, validation_fraction: float) -> bool:
+    """Whether this content is kept for validation: that share of all contents is."""
+    draw = int.from_bytes(hashlib.sha256(content).digest()[: _SPLIT_BITS // 8], "big")
+    return draw < int(validation_fraction * (1 << _SPLIT_BITS))

@@ -23,35 +23,52 @@ from thinwire.dist.tokenizer import Tokenizer, Tokens, load_tokenizer
 class DataSettings(Settings):
     """What to train on.
 
-    corpus: "stdlib", the running Python's standard library, or "files".
-    files: paths or globs of text files, for corpus: files.
-    tokenizer: "bytes", or the path of a Hugging Face tokenizer.json.
-    validation_fraction: share of the files that is kept for validation.
+    corpus: "stdlib", the running Python's standard library; "files"; or "labelled", one text and its label per line.
+    files: paths or globs of the files; labelled: .jsonl ({"text": ..., "label": ...}) or .tsv (label, tab, text).
+    template, labels: for corpus: labelled, what stands around each {text}, with {label} where its class's word belongs,
+      and the word of each label.
+    tokenizer: "bytes", or the path of a Hugging Face tokenizer.json; a pretrained model has its own.
+    validation_fraction: share of the files, or of labelled texts, that is kept for validation.
     cache: folder for the tokens of a tokenizer file, which take long to make; bytes need none.
     """
 
-    corpus: Literal["stdlib", "files"] = "stdlib"
+    corpus: Literal["stdlib", "files", "labelled"] = "stdlib"
     files: tuple[str, ...] = ()
+    template: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
     tokenizer: str = "bytes"
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     cache: str = "~/.cache/thinwire/tokens"
 
     @model_validator(mode="after")
     def _files_with_corpus(self) -> DataSettings:
-        if self.corpus == "files" and not self.files:
-            raise ValueError("corpus: files needs data.files: a list of paths or globs")
+        if self.corpus != "stdlib" and not self.files:
+            raise ValueError(f"corpus: {self.corpus} needs data.files: a list of paths or globs")
         if self.corpus == "stdlib" and self.files:
             raise ValueError("data.files is given but corpus is stdlib; set data.corpus=files, or remove the files")
+        if self.corpus == "labelled":
+            if not self.template or len(self.labels) < 2:
+                raise ValueError(
+                    "corpus: labelled needs data.template, such as '{text} It was {label}', and data.labels with the "
+                    "words of two labels at least, such as {neg: bad, pos: good}"
+                )
+            if self.tokenizer != "bytes":
+                raise ValueError("corpus: labelled takes the pretrained model's own tokenizer; remove data.tokenizer")
+        elif self.template or self.labels:
+            raise ValueError(f"data.template and data.labels are for corpus: labelled, and corpus is {self.corpus}")
         return self
 
 
 @dataclass(frozen=True)
 class Batch:
-    """inputs and targets: (sequences, context) int64; text_bytes: bytes of text that the targets stand for."""
+    """inputs: what the model takes; for text (sequences, context) int64. targets: int64, numbers of the right scores.
 
-    inputs: Tensor
+    text_bytes: bytes of text that the targets stand for; None where they are classes.
+    """
+
+    inputs: Any
     targets: Tensor
-    text_bytes: int
+    text_bytes: int | None
 
 
 class Windows:
@@ -63,6 +80,8 @@ class Windows:
     Raises:
         ValueError: the stream is too short for one window.
     """
+
+    labelled = False
 
     def __init__(self, tokens: Tokens, context: int, what: str) -> None:
         self.tokens = tokens
@@ -104,9 +123,15 @@ class Data:
         }
         self.training = Windows(training, context, "training")
         self.validation = Windows(validation, context, "validation")
+        self.identity = self.tokenizer.identity
+        self.tokens_per_sample = context
         self._seed = seed
 
-    def training_batch(self, samples: range, device: torch.device) -> Batch:
+    def describe(self) -> str:
+        """How much there is."""
+        return f"{len(self.training.tokens):,} training and {len(self.validation.tokens):,} validation tokens"
+
+    def training_batch(self, samples: Sequence[int], device: torch.device) -> Batch:
         """The training windows of these sample numbers."""
         windows = [window_of_sample(sample, self.training.count, self._seed) for sample in samples]
         return self.training.batch(windows, device)

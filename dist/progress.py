@@ -89,7 +89,9 @@ def figures(record: Record) -> str:
 
 
 def validation(record: Record) -> str:
-    """Validation loss in nats per token and in bits per byte."""
+    """Validation loss in nats, and in bits per byte of text or with the share of right classes."""
+    if "val_accuracy" in record:
+        return f"validation loss {record['val_loss']:.3f}  accuracy {record['val_accuracy']:.1%}"
     return f"validation loss {record['val_loss']:.3f}  {record['val_bits_per_byte']:.3f} bits/byte"
 
 

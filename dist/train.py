@@ -15,12 +15,11 @@ from pydantic import Field
 
 from thinwire.comm.method import ClippingMethod, DescribedMethod, LocalMethod, agreed_weights
 from thinwire.comm.settings import Settings
-from thinwire.dist.data import Data, shard
+from thinwire.dist.data import shard
 from thinwire.dist.engine.ddp import wrap_ddp
 from thinwire.dist.evaluate import evaluate
 from thinwire.dist.methods import attach
 from thinwire.dist.metrics import Record, Sink, StepTraffic
-from thinwire.dist.models import build_model
 from thinwire.dist.optimizers import build_optimizer, learning_rate
 from thinwire.dist.preflight import (
     check_agreement,
@@ -33,6 +32,7 @@ from thinwire.dist.run_folder import numeric_settings
 from thinwire.dist.run_state import RunState
 from thinwire.dist.step_reports import NonFiniteError, StepReports
 from thinwire.dist.stop import StopRequest
+from thinwire.dist.task import build_task
 from thinwire.dist.world import World
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class TrainSettings(Settings):
     global_batch: sequences per step, over all ranks; so the training does not depend on how many they are.
     micro_batch: sequences that one rank computes at once; "auto" = its whole share of the global batch.
     precision: "bf16" computes in bf16 where that is sound (autocast) and keeps weights and optimizer in fp32.
+    parameters: names, or patterns such as "blocks.3.*", of the model's parameters that learn; the others stay.
     clip_norm: largest norm of the averaged gradient; 0 = no limit. Method compress clips each rank's own gradient
       instead, before it compresses it, so that sqrt(mean_r ||g_r||^2) is no more than this; see its setting `clip`.
     eval_every: steps between evaluations; 0 = only after the last step.
@@ -56,6 +57,7 @@ class TrainSettings(Settings):
     global_batch: int = Field(gt=0)
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    parameters: tuple[str, ...] = Field(("*",), min_length=1)
     clip_norm: float = Field(1.0, ge=0)
     eval_every: int = Field(0, ge=0)
     eval_windows: Annotated[int, Field(ge=0)] | Literal["all"] = 64
@@ -113,10 +115,8 @@ class Trainer:
         self.world = world
         self.stop = stop or StopRequest()
         self.micro_batch, self.micro_batches = config.train.share(world.size)
-        self.data = Data(config.data, context=config.model.context, seed=config.seed)
-        model = build_model(
-            config.model, tokenizer_vocab=self.data.tokenizer.vocab, seed=config.seed, device=world.device
-        )
+        task = build_task(config, world.device)
+        self.data, model = task.data, task.model
         resolved = config.model_dump(mode="json")
         wait_for_all(world.queue, world.store, world.settings.rendezvous_timeout_s)
         check_agreement(
@@ -124,7 +124,7 @@ class Trainer:
                 **describe_versions(),
                 **describe_model(model),
                 "config": describe_config(resolved),
-                "tokenizer": {"data.tokenizer": self.data.tokenizer.identity},
+                "tokenizer": {"data.tokenizer": self.data.identity},
                 "data": self.data.fingerprint,
                 "device": {"world.device": world.device.type},
             },
@@ -152,13 +152,12 @@ class Trainer:
     def describe(self) -> str:
         """A few lines for the start of the run: model, text, batch, and what a step will send."""
         train, data, method = self.config.train, self.data, self.config.method
-        tokens = train.global_batch * self.config.model.context
+        tokens = round(train.global_batch * data.tokens_per_sample)
         predicted = self.method.predicted_bytes()
         sends = ", ".join(f"{count:,} bytes over {level}" for level, count in predicted.items()) or "nothing"
         return "\n".join(
             (
-                f"{self.config.model.kind} with {self.parameters:,} parameters, {train.precision}; "
-                f"{len(data.training.tokens):,} training and {len(data.validation.tokens):,} validation tokens",
+                f"{self.config.model.kind} with {self.parameters:,} parameters, {train.precision}; {data.describe()}",
                 f"{train.steps} steps of {train.global_batch} sequences ({tokens:,} tokens): "
                 f"{self.micro_batches} x {self.micro_batch} on each rank",
                 f"method {method.kind}: each step, this rank sends {sends}",
@@ -232,7 +231,7 @@ class Trainer:
         return {
             "lr": lr,
             "grad_norm": norm,
-            "tokens_per_s": settings.global_batch * self.config.model.context / step_s,
+            "tokens_per_s": settings.global_batch * self.data.tokens_per_sample / step_s,
             "step_s": step_s,
             "compute_ms": 1e3 * (step_s - exposed_s),
             "exposed_comm_ms": 1e3 * exposed_s,
@@ -251,8 +250,8 @@ class Trainer:
             last = i == self.micro_batches - 1
             with nullcontext() if last else self.model.no_sync():
                 with self._precision():
-                    logits = self.model(batch.inputs)
-                    loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()) / self.micro_batches
+                    scores = self.model(batch.inputs)
+                    loss = F.cross_entropy(scores.flatten(0, -2), batch.targets.flatten()) / self.micro_batches
                 loss.backward()
             total += float(loss.detach())
         return total
@@ -293,7 +292,7 @@ class Trainer:
                 device=self.world.device,
                 precision=self._precision(),
             )
-        return {"val_loss": result.loss, "val_bits_per_byte": result.bits_per_byte}
+        return result.record()
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from pathlib import Path
+from typing import Annotated, TypeAlias
 
 import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from thinwire.dist.models.gpt import GPT, GPTSettings
+from thinwire.dist.models.hf import HFSettings
 
-# A second model makes this Annotated[GPTSettings | OtherSettings, Field(discriminator="kind")].
-ModelSettings: TypeAlias = GPTSettings
+ModelSettings: TypeAlias = Annotated[GPTSettings | HFSettings, Field(discriminator="kind")]
 
 
-def build_model(settings: ModelSettings, *, tokenizer_vocab: int, seed: int, device: torch.device) -> GPT:
-    """A model with fp32 weights drawn from the seed: the same on every rank and every device.
+def build_model(settings: GPTSettings, *, tokenizer_vocab: int, seed: int, device: torch.device) -> GPT:
+    """A GPT with fp32 weights from its file, or drawn from the seed: the same on every rank and every device.
 
     Args:
         tokenizer_vocab: number of token ids that the tokenizer can give.
     Raises:
-        ValueError: model.vocab is smaller than the tokenizer's.
+        ValueError: model.vocab is smaller than the tokenizer's, or model.weights does not hold this model.
     """
     if settings.vocab != "auto" and settings.vocab < tokenizer_vocab:
         raise ValueError(
@@ -31,8 +35,28 @@ def build_model(settings: ModelSettings, *, tokenizer_vocab: int, seed: int, dev
     if device.type == "meta":
         return model
     model.to_empty(device="cpu")
-    model.initialise(seed)
+    if settings.weights:
+        _load_weights(model, Path(settings.weights).expanduser())
+    else:
+        model.initialise(seed)
     return model.to(device)
+
+
+def _load_weights(model: GPT, path: Path) -> None:
+    try:
+        stored = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"model.weights: {path} cannot be read as a safetensors file: {error}") from None
+    wanted = model.state_dict()
+    wrong = [
+        f"{name}: {list(stored[name].shape) if name in stored else 'nothing'} in the file, "
+        f"{list(wanted[name].shape) if name in wanted else 'nothing'} in the model"
+        for name in dict.fromkeys((*wanted, *stored))
+        if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"model.weights: {path} holds another model: {'; '.join(wrong[:3])}; set model to its shape")
+    model.load_state_dict(stored)
 
 
 __all__ = ["GPT", "ModelSettings", "build_model"]

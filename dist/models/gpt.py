@@ -18,6 +18,7 @@ class GPTSettings(Settings):
 
     vocab: number of token ids; "auto" = as many as the tokenizer has.
     mlp: "gelu" (two matrices, 4 x width hidden) or "swiglu" (three, 8/3 x width rounded up to a multiple of 32).
+    weights: a safetensors file to start from, by parameter name; "" draws them from the seed.
     """
 
     kind: Literal["gpt"] = "gpt"
@@ -28,6 +29,7 @@ class GPTSettings(Settings):
     vocab: Annotated[int, Field(gt=1)] | Literal["auto"] = "auto"
     mlp: Literal["gelu", "swiglu"] = "gelu"
     rotary_base: float = Field(10_000.0, gt=1)
+    weights: str = ""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> GPTSettings:
