@@ -7,13 +7,14 @@ Type byte, then
   a listed round, whose slots or numbers of codes are not the roster's: length, fp32 rate, then slot, count and codes.
   a roster: length, epoch, then slot, samples, name and address of each member.
   a snapshot: SHA-256 of the weights. The number of rounds is implied.
-A length is written twice, the second time inverted, and two types differ in four bits or more: damage is not taken for
-a record that the end of the file cuts off.
+A length comes with a CRC-32 of type and length, and two types differ in four bits or more: damage is not taken for a
+record that the end of the file cuts off.
 """
 
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import NamedTuple
 
 from thinwire.comm.onebyte.rounds import SHARED_SLOT, Contribution, Member, Record, Roster, Round, Snapshot
@@ -25,7 +26,7 @@ MODEL_HASH_BYTES = 32
 _PLAIN, _RATE, _BITMAP, _RATE_BITMAP, _LISTED, _ROSTER, _SNAPSHOT = 0x0F, 0x33, 0x55, 0x66, 0x3C, 0x5A, 0x96
 _TYPES = frozenset((_PLAIN, _RATE, _BITMAP, _RATE_BITMAP, _LISTED, _ROSTER, _SNAPSHOT))
 _FLOAT = struct.Struct("<f")
-_LENGTH = struct.Struct("<II")
+_LENGTH = struct.Struct("<II")  # and the checksum
 _EPOCH = struct.Struct("<I")
 _SLOT = struct.Struct("<HH")  # slot; number of codes or samples
 _TEXT = struct.Struct("<H")
@@ -70,7 +71,7 @@ def encode(record: Record, context: Context) -> bytes:
             for text in (member.name, member.address):
                 encoded = text.encode()
                 body += _TEXT.pack(len(encoded)) + encoded
-        return bytes([_ROSTER]) + _length(body) + body
+        return _head(_ROSTER, len(body)) + body
     if record.rounds != context.rounds:
         raise RecordError(f"a snapshot of {record.rounds} rounds after {context.rounds} rounds")
     if len(record.model_hash) != MODEL_HASH_BYTES:
@@ -92,9 +93,9 @@ def decode(data: bytes, start: int, context: Context) -> tuple[Record, int] | No
         begin = start + 1 + _LENGTH.size
         if len(data) < begin:
             return None
-        length, inverted = _LENGTH.unpack_from(data, start + 1)
-        if length ^ inverted != _U32:
-            raise RecordError(f"length {length:#010x} with {inverted:#010x} as its inverse")
+        length, _ = _LENGTH.unpack_from(data, start + 1)
+        if data[start:begin] != _head(kind, length):
+            raise RecordError(f"a length of {length} bytes whose checksum is wrong")
         if len(data) < begin + length:
             return None
         body = _Body(data, begin, begin + length)
@@ -128,7 +129,7 @@ def _encode_round(record: Round, context: Context) -> bytes:
             if len(contribution.codes) > _U16:
                 raise RecordError(f"slot {contribution.slot} with {len(contribution.codes)} codes; at most {_U16}")
             body += _SLOT.pack(contribution.slot, len(contribution.codes)) + contribution.codes
-        return bytes([_LISTED]) + _length(body) + body
+        return _head(_LISTED, len(body)) + body
     new_rate = rate != context.rate
     kind = (_RATE_BITMAP if new_rate else _BITMAP) if unclear else (_RATE if new_rate else _PLAIN)
     return bytes([kind]) + (rate if new_rate else b"") + (bitmap if unclear else b"") + codes
@@ -236,5 +237,5 @@ def _rate(record: Round) -> bytes:
     return rate
 
 
-def _length(body: bytearray) -> bytes:
-    return _LENGTH.pack(len(body), len(body) ^ _U32)
+def _head(kind: int, length: int) -> bytes:
+    return bytes([kind]) + _LENGTH.pack(length, zlib.crc32(length.to_bytes(4, "little"), kind))
