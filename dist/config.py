@@ -17,7 +17,7 @@ from thinwire.dist.config_errors import ConfigError, explain
 from thinwire.dist.data import DataSettings
 from thinwire.dist.engine import DDPSettings, EngineSettings
 from thinwire.dist.mesh import MeshSettings
-from thinwire.dist.methods import MethodSettings
+from thinwire.dist.methods import MethodSettings, unused_by
 from thinwire.dist.models import ModelSettings
 from thinwire.dist.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings
 from thinwire.dist.run_folder import OutputSettings
@@ -60,6 +60,28 @@ class RunConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _nothing_goes_unused(self) -> RunConfig:
+        for path, why in unused_by(self.method).items():
+            *parents, leaf = path.split(".")
+            owner: Settings = self
+            for name in parents:
+                owner = getattr(owner, name)
+            if leaf in owner.model_fields_set:
+                raise ValueError(f"{path}: is given, but method {self.method.kind} {why}; remove it")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings that this run uses, as JSON values."""
+        settings = self.model_dump(mode="json")
+        for path in unused_by(self.method):
+            *parents, leaf = path.split(".")
+            node = settings
+            for name in parents:
+                node = node[name]
+            del node[leaf]
+        return settings
+
     @property
     def folder(self) -> Path:
         """Where the run writes: metrics, resolved configuration, checkpoints."""
@@ -91,7 +113,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The fully resolved configuration as YAML, which loads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True, width=110)
 
 
 class _Loader(yaml.SafeLoader):

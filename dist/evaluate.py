@@ -79,7 +79,7 @@ def evaluate(
             sums[row] = torch.tensor([float(nats), len(targets), third])
     model.train(was_training)
     gathered = queue.submit("control/evaluation", lambda channel: channel.all_gather_same(sums)).wait()
-    total_nats, scored, third = (math.fsum(column) for column in gathered.flatten(0, 1).T.tolist())
+    total_nats, scored, measured = (math.fsum(column) for column in gathered.flatten(0, 1).T.tolist())
     if data.labelled:
-        return Evaluation(loss=total_nats / scored, bits_per_byte=math.nan, accuracy=third / scored)
-    return Evaluation(loss=total_nats / scored, bits_per_byte=total_nats / third / math.log(2), accuracy=math.nan)
+        return Evaluation(loss=total_nats / scored, bits_per_byte=math.nan, accuracy=measured / scored)
+    return Evaluation(loss=total_nats / scored, bits_per_byte=total_nats / measured / math.log(2), accuracy=math.nan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, TypeAlias
 
 from pydantic import Field
@@ -15,12 +15,27 @@ from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.local_sgd.door import LocalSGDSettings
 from thinwire.comm.local_sgd.door import enter as enter_local_sgd
 from thinwire.comm.method import Method
+from thinwire.comm.onebyte.settings import OneByteSettings
 from thinwire.dist.mesh import Mesh
 from thinwire.dist.world import World
 
 MethodSettings: TypeAlias = Annotated[
-    AllReduceSettings | CompressSettings | LocalSGDSettings, Field(discriminator="kind")
+    AllReduceSettings | CompressSettings | LocalSGDSettings | OneByteSettings, Field(discriminator="kind")
 ]
+
+# Settings that mean nothing to a run by OneByteSPSA, and why.
+_UNUSED_BY_ONEBYTE = {
+    "optimizer": "is the optimizer itself: method.lr and method.weight_decay are its settings",
+    "engine": "has no backward pass that an engine could help with",
+    "train.clip_norm": "has no gradient to clip: method.robust limits what a slope may do",
+    "checkpoint.every_steps": "keeps a log of every round, which is the checkpoint",
+    "checkpoint.keep": "keeps a log of every round, which is the checkpoint",
+}
+
+
+def unused_by(settings: MethodSettings) -> Mapping[str, str]:
+    """The settings, by path, that a run by this method has no use for, each with the reason."""
+    return _UNUSED_BY_ONEBYTE if isinstance(settings, OneByteSettings) else {}
 
 
 def attach(
@@ -50,6 +65,10 @@ def attach(
             )
         case LocalSGDSettings():
             return enter_local_sgd(model, optimizer, settings, queue=world.queue)
+        case OneByteSettings():
+            raise ValueError(
+                "method: onebyte is an optimizer that needs no backward pass; zeroth_order.py trains by it"
+            )
 
 
 def _groups(mesh: Mesh, level: str | None) -> Sequence[Sequence[int]] | None:

@@ -10,29 +10,36 @@ import torch
 from thinwire.comm.queue import CommQueue, Pending
 from thinwire.comm.rank_names import name_ranks
 
+_ADVICE = (
+    "Lower optimizer.lr, lengthen schedule.warmup_steps, send gradients in a wider dtype, or look at the text of that "
+    "step; the last checkpoint is from before it"
+)
+
 
 class NonFiniteError(ArithmeticError):
     """A loss or gradient is NaN or infinite. Raised on every rank before the optimizer takes it up.
 
+    Args:
+        what: is not finite. advice: what to change.
     Attributes: step (the first is 1); ranks whose loss was not finite, empty if only the averaged gradient was not.
     """
 
-    def __init__(self, step: int, ranks: tuple[int, ...], what: str) -> None:
+    def __init__(self, step: int, ranks: tuple[int, ...], what: str, advice: str = _ADVICE) -> None:
         if ranks:
             whose = f"the loss of {name_ranks(ranks)} is NaN or infinite"
         else:
             whose = "every rank's loss is finite, so a gradient overflowed, on its way over the wire at the latest"
-        super().__init__(
-            f"step {step}: {what}: {whose}. Lower optimizer.lr, lengthen schedule.warmup_steps, send gradients in a "
-            "wider dtype, or look at the text of that step; the last checkpoint is from before it"
-        )
+        super().__init__(f"step {step}: {what}: {whose}. {advice}")
         self.step = step
         self.ranks = ranks
 
 
 @dataclass(frozen=True)
 class Report:
-    """What all ranks said about a step: the mean of their losses, which were not finite, and who wants to stop."""
+    """What all ranks said about a step.
+
+    loss: the mean of the finite losses, nan if there is none. non_finite_ranks: whose were not.
+    """
 
     loss: float
     non_finite_ranks: tuple[int, ...]
@@ -63,8 +70,9 @@ class StepReports:
         rows = pending.wait().tolist()
         losses = [row[0] for row in rows]
         non_finite = tuple(r for r, loss in enumerate(losses) if not math.isfinite(loss))
+        finite = [loss for loss in losses if math.isfinite(loss)]
         return Report(
-            loss=math.nan if non_finite else math.fsum(losses) / len(losses),
+            loss=math.fsum(finite) / len(finite) if finite else math.nan,
             non_finite_ranks=non_finite,
             stopping_ranks=tuple(r for r, row in enumerate(rows) if row[1]),
         )

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from thinwire.dist import corpus
 from thinwire.dist.data import Batch, Data
-from thinwire.dist.evaluate import ValidationData
+from thinwire.dist.evaluate import ValidationData, evaluate
 from thinwire.dist.labelled import LabelledData
 from thinwire.dist.models import build_model
 from thinwire.dist.models.hf import HFSettings, load_pretrained
+from thinwire.dist.preflight import (
+    check_agreement,
+    describe_config,
+    describe_model,
+    describe_versions,
+    wait_for_all,
+)
 from thinwire.dist.prompts import Prompts
+from thinwire.dist.world import World
 
 if TYPE_CHECKING:
     from thinwire.dist.config import RunConfig
+    from thinwire.dist.train import TrainSettings
 
 
 class TaskData(Protocol):
@@ -87,6 +97,50 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
         task = Task(model, model, windows)
     _choose_parameters(task.network, config.train.parameters)
     return task
+
+
+def compare_with_others(task: Task, resolved: Mapping[str, Any], world: World) -> None:
+    """Do all ranks have the same task, settings and versions? Collective: every rank raises, or none.
+
+    Args:
+        resolved: all settings.
+    Raises:
+        PreflightError: with what differs, by rank.
+    """
+    wait_for_all(world.queue, world.store, world.settings.rendezvous_timeout_s)
+    check_agreement(
+        {
+            **describe_versions(),
+            **describe_model(task.model),
+            "config": describe_config(resolved),
+            "tokenizer": {"data.tokenizer": task.data.identity},
+            "data": task.data.fingerprint,
+            "device": {"world.device": world.device.type},
+        },
+        queue=world.queue,
+        store=world.store,
+    )
+
+
+def evaluate_task(settings: TrainSettings, model: nn.Module, data: TaskData, world: World) -> dict[str, float]:
+    """What a step's record says of the validation data. Collective."""
+    validation = data.validation
+    wanted = validation.count if settings.eval_windows == "all" else settings.eval_windows
+    result = evaluate(
+        model,
+        validation,
+        count=min(wanted, validation.count),
+        batch=settings.eval_batch,
+        queue=world.queue,
+        device=world.device,
+        precision=computing(settings.precision, world.device),
+    )
+    return result.record()
+
+
+def computing(precision: Literal["fp32", "bf16"], device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which a model computes at train.precision."""
+    return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def _choose_parameters(network: nn.Module, patterns: Sequence[str]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,22 +17,14 @@ from thinwire.comm.method import ClippingMethod, DescribedMethod, LocalMethod, a
 from thinwire.comm.settings import Settings
 from thinwire.dist.data import shard
 from thinwire.dist.engine.ddp import wrap_ddp
-from thinwire.dist.evaluate import evaluate
 from thinwire.dist.methods import attach
 from thinwire.dist.metrics import Record, Sink, StepTraffic
 from thinwire.dist.optimizers import build_optimizer, learning_rate
-from thinwire.dist.preflight import (
-    check_agreement,
-    describe_config,
-    describe_model,
-    describe_versions,
-    wait_for_all,
-)
 from thinwire.dist.run_folder import numeric_settings
 from thinwire.dist.run_state import RunState
 from thinwire.dist.step_reports import NonFiniteError, StepReports
 from thinwire.dist.stop import StopRequest
-from thinwire.dist.task import build_task
+from thinwire.dist.task import build_task, compare_with_others, computing, evaluate_task
 from thinwire.dist.world import World
 
 if TYPE_CHECKING:
@@ -117,20 +109,8 @@ class Trainer:
         self.micro_batch, self.micro_batches = config.train.share(world.size)
         task = build_task(config, world.device)
         self.data, model = task.data, task.model
-        resolved = config.model_dump(mode="json")
-        wait_for_all(world.queue, world.store, world.settings.rendezvous_timeout_s)
-        check_agreement(
-            {
-                **describe_versions(),
-                **describe_model(model),
-                "config": describe_config(resolved),
-                "tokenizer": {"data.tokenizer": self.data.identity},
-                "data": self.data.fingerprint,
-                "device": {"world.device": world.device.type},
-            },
-            queue=world.queue,
-            store=world.store,
-        )
+        resolved = config.resolved()
+        compare_with_others(task, resolved, world)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.model = wrap_ddp(model, config.engine, world.group)
         self.optimizer = build_optimizer(config.optimizer, model)
@@ -249,7 +229,7 @@ class Trainer:
             batch = self.data.training_batch(part, self.world.device)
             last = i == self.micro_batches - 1
             with nullcontext() if last else self.model.no_sync():
-                with self._precision():
+                with computing(self.config.train.precision, self.world.device):
                     scores = self.model(batch.inputs)
                     loss = F.cross_entropy(scores.flatten(0, -2), batch.targets.flatten()) / self.micro_batches
                 loss.backward()
@@ -280,24 +260,8 @@ class Trainer:
             sink.write(self._last)
 
     def _evaluate(self) -> Record:
-        settings, windows = self.config.train, self.data.validation
-        wanted = windows.count if settings.eval_windows == "all" else settings.eval_windows
         with agreed_weights(self.method):
-            result = evaluate(
-                self.model.module,
-                windows,
-                count=min(wanted, windows.count),
-                batch=settings.eval_batch,
-                queue=self.world.queue,
-                device=self.world.device,
-                precision=self._precision(),
-            )
-        return result.record()
+            return evaluate_task(self.config.train, self.model.module, self.data, self.world)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if self.config.train.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)

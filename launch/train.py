@@ -65,14 +65,17 @@ def main(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _train(config: RunConfig, world: World) -> Outcome:
+    from thinwire.comm.onebyte.settings import OneByteSettings
     from thinwire.dist.stop import StopRequest
     from thinwire.dist.train import Trainer
+    from thinwire.dist.zeroth_order import ZerothOrderTrainer
 
     stop = StopRequest()
     stop.listen()
     if world.rank == 0:
         print(world.describe(), flush=True)
-    trainer = Trainer(config, world, stop)
+    kind = ZerothOrderTrainer if isinstance(config.method, OneByteSettings) else Trainer
+    trainer = kind(config, world, stop)
     if world.rank > 0:
         return trainer.run()
     print(trainer.describe(), flush=True)

@@ -40,7 +40,7 @@ class OneByteSPSA(torch.optim.Optimizer):
 
     of which every machine learns one byte. Then w <- w - lr * sum_s g_s z_s / N over all N slopes of the round.
 
-    Differs from the papers: weights lie on a grid on which all of this is exact (lattice.py), so there is no drift and no
+    Differs from the papers: weights lie on a grid on which all of this is exact (lattice.py), so there is no drift, no
     difference between machines, and a run is its base weights and a log of its bytes.
 
     Args:
@@ -56,6 +56,7 @@ class OneByteSPSA(torch.optim.Optimizer):
         join: makes another exchange, such as one whose machines may come and go: (manifest, log, replica) -> Exchange.
             It keeps the log, which must be given.
         settings: the keywords of settings.OneByteSettings: eps, samples, directions, robust and so on.
+    Attributes: turn, the round and slot that step() measures at present, by which its closure may choose its batch.
     Raises:
         ValueError: a setting, parameter or log that does not fit; ranks that do not have the same.
 
@@ -93,6 +94,7 @@ class OneByteSPSA(torch.optim.Optimizer):
         self._model = model
         self._code = ByteCode(self.manifest.numerics.floor_log2)
         self._last: Round | None = None
+        self.turn = Turn(self.replica.rounds, 0, self.settings.samples)
         if queue is None and join is None and dist.is_initialized():
             queue = open_queue(group)
         self._fixed: FixedExchange | None = None
@@ -120,7 +122,7 @@ class OneByteSPSA(torch.optim.Optimizer):
         if closure is None:
             raise ValueError("OneByteSPSA.step needs a closure that computes the loss: there is no backward pass")
         rate = self._rate()
-        turn = self.exchange.begin()
+        self.turn = turn = self.exchange.begin()
         try:
             with self._still():
                 losses, codes = self._measure(turn, closure)
