@@ -6,7 +6,7 @@ byte s stands for, and z_s its direction. In units of a tensor's grid, 2^-expone
     q_s = -sign(g_s) * floor(x_s + u_s),    x_s = |g_s| * step / N * 2^exponent,
 
 u_s uniform in [0, 1): the expected q_s is x_s, also where x_s is far below 1. u_s is a word of the run's stream.
-step / N is rounded to fp32 and g_s is an fp32 number, so x_s is exact in fp64, and nothing here depends on a machine's libm.
+step / N is rounded to fp32 and g_s is an fp32 number, so x_s is exact in fp64: nothing depends on a machine's libm.
 """
 
 from __future__ import annotations

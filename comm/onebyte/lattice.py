@@ -1,8 +1,8 @@
 """Weights as integers: each tensor on a grid 2^-k Z, held in fp32, where every change is exact.
 
 With |w| * 2^k < 2^24, fp32 holds each point of the grid, and adding a multiple of 2^-k is exact: so what is added can
-be taken away again, the order of changes does not matter, and neither do fused multiply-adds or the device. A parameter in
-fp32 is its own grid: no second copy. One in bf16 or fp16 is the rounded image of an fp32 master beside it.
+be taken away again, the order of changes does not matter, and neither do fused multiply-adds or the device. A parameter
+in fp32 is its own grid: no second copy. One in bf16 or fp16 is the rounded image of an fp32 master beside it.
 """
 
 from __future__ import annotations
