@@ -3,7 +3,7 @@
 Along directions of their own, machines' slopes differ in sign by nature, but their sizes are comparable: `clip` bounds
 each by about `2^(steps / 8)` times the median size, `drop` leaves out those beyond. Along shared directions `median`
 takes the middle slope of all machines (Yin et al. 2018, 1803.01498; on shared directions 2406.14362, 2024). Everything
- is decided on the bytes themselves, so all machines decide alike.
+is decided on the bytes themselves, so all machines decide alike.
 """
 
 from __future__ import annotations
