@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -59,6 +60,7 @@ def describe_run(tensors: Sequence[tuple[str, Tensor, Mapping[str, Any]]], setti
             eps_log2=_eps_log2(group["eps"], settings),
             rate_scale=group["lr"] / first_rate,
             decay=group["weight_decay"] if parameter.dim() > 1 else 0.0,
+            crc32=zlib.crc32(_bytes_of(parameter)),
         )
         for name, parameter, group in tensors
     )
@@ -81,8 +83,39 @@ def base_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
     whole = hashlib.sha256()
     for name, tensor in tensors:
         whole.update(f"{name} {_DTYPES[tensor.dtype]} {list(tensor.shape)};".encode())
-        whole.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        whole.update(_bytes_of(tensor))
     return whole.hexdigest()
+
+
+def check_base(manifest: Manifest, base: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names a tensor, if `base` does not have the weights at which the run began."""
+    for entry in manifest.tensors:
+        tensor = base.get(entry.name)
+        if tensor is None:
+            raise ValueError(f"the base lacks {entry.name}, which the run trains; it has {_some(base)}")
+        dtype = _DTYPES.get(tensor.dtype, tensor.dtype)
+        if (dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
+            raise ValueError(
+                f"the base has {entry.name} as {dtype}{list(tensor.shape)}, the run's is "
+                f"{entry.dtype}{list(entry.shape)}"
+            )
+    found = base_hash((entry.name, base[entry.name]) for entry in manifest.tensors)
+    if found != manifest.base_hash:
+        odd = [e.name for e in manifest.tensors if e.crc32 not in (None, zlib.crc32(_bytes_of(base[e.name])))]
+        first = f": {odd[0]} is the first of {len(odd)} tensors that differ" if odd else ""
+        raise ValueError(
+            f"the base has the SHA-256 {found[:16]}..., the run began at weights with "
+            f"{manifest.base_hash[:16]}...{first}; give the model at which the run began, not one that it has trained"
+        )
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "") or "nothing"
 
 
 def _exponent(name: str, parameter: Tensor) -> int:

@@ -18,6 +18,7 @@ class TensorEntry(Settings):
 
     exponent: its weights are integers times 2^-exponent. eps_log2: it is perturbed by 2^eps_log2.
     rate_scale: its learning rate over the run's. decay: weight decay per unit of learning rate.
+    crc32: of its base weights, to name the tensor where the base hash differs.
     """
 
     name: str
@@ -27,6 +28,7 @@ class TensorEntry(Settings):
     eps_log2: int
     rate_scale: float = 1.0
     decay: float = 0.0
+    crc32: int | None = None
 
 
 class Numerics(Settings):
