@@ -46,6 +46,9 @@ def gloo_group(store: Store, rank: int, size: int, name: str, timeout_s: float =
     """A gloo ProcessGroup outside torch's global registry. The only place that touches this private API."""
     group = ProcessGroup(store, rank, size)
     backend = ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout_s))
+    # Who leaves as soon as its own connections stand would close them while others still make theirs.
+    store.set(f"connected/{rank}", "")
+    store.wait([f"connected/{r}" for r in range(size)], timedelta(seconds=timeout_s))
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
     group._set_default_backend(ProcessGroup.BackendType.GLOO)
     group._set_group_name(f"{name}-{next(_runs)}-{rank}")
