@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,8 +14,8 @@ from thinwire.comm.compress.feedback.protocol import Place
 from thinwire.comm.compress.feedback.store import Buffered, Pair, Storage, Store
 
 
-class RankMemory(ABC):
-    """Base of the kinds: all of a Feedback but what is sent, and what is remembered of it.
+class RankMemory:
+    """Base of the kinds: a Feedback whose before() and after() are still to be written.
 
     Attributes:
         kind: as in the settings.
@@ -43,11 +42,11 @@ class RankMemory(ABC):
     def memories(self, name: str, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
 
-    @abstractmethod
-    def before(self, name: str, gradient: Tensor) -> Tensor: ...
+    def before(self, name: str, gradient: Tensor) -> Tensor:
+        raise NotImplementedError
 
-    @abstractmethod
-    def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None: ...
+    def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None:
+        raise NotImplementedError
 
     def weights(self, size: int) -> Sequence[float] | None:
         return None
