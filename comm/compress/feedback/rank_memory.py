@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -14,8 +15,8 @@ from thinwire.comm.compress.feedback.protocol import Place
 from thinwire.comm.compress.feedback.store import Buffered, Pair, Storage, Store
 
 
-class RankMemory:
-    """Base of the kinds: a Feedback whose before() and after() are still to be written.
+class RankMemory(ABC):
+    """Base of the kinds: all of a Feedback but after(), and what is encoded, which either memories() or before() gives.
 
     Attributes:
         kind: as in the settings.
@@ -43,10 +44,10 @@ class RankMemory:
         return None
 
     def before(self, name: str, gradient: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise AssertionError(f"{self.kind} has memories: its gradients are encoded with them")
 
-    def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def after(self, name: str, sent: Decoded | None, mean: Tensor) -> None: ...
 
     def weights(self, size: int) -> Sequence[float] | None:
         return None
