@@ -19,6 +19,8 @@ config_app = typer.Typer(help="Look at configuration files.", no_args_is_help=Tr
 app.add_typer(config_app, name="config")
 link_app = typer.Typer(help="Cut, slow and restore the links of a running lab.", no_args_is_help=True)
 app.add_typer(link_app, name="link")
+onebyte_app = typer.Typer(help="Logs of one-byte runs: replay, verify, inspect.", no_args_is_help=True)
+app.add_typer(onebyte_app, name="onebyte")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
 Overrides = Annotated[
@@ -159,6 +161,47 @@ def link_slow(
     from thinwire.launch.lab.command import link
 
     raise typer.Exit(link("slow", host, rate=rate, delay=delay, lab_id=lab_id))
+
+
+LogFile = Annotated[Path, typer.Argument(metavar="LOG", help="Log of a one-byte run.", show_default=False)]
+_BASE_HELP = "What the run began at: a .safetensors file, a Hugging Face folder, a checkpoint or a run folder."
+
+
+@onebyte_app.command("replay")
+def onebyte_replay(
+    log: LogFile,
+    base: Annotated[Path, typer.Option(metavar="MODEL", help=_BASE_HELP)],
+    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the weights go.")],
+    until: Annotated[int | None, typer.Option(help="Rounds to carry out.", show_default="all")] = None,
+    step_by_step: Annotated[
+        bool, typer.Option("--step-by-step", help="One pass over the weights for each round: same bits, slower.")
+    ] = False,
+) -> None:
+    """Make the weights of a run again from its base and its log."""
+    from thinwire.launch.onebyte import replay as run
+
+    raise typer.Exit(run(log, base, out, until=until, step_by_step=step_by_step))
+
+
+@onebyte_app.command("verify")
+def onebyte_verify(
+    log: LogFile,
+    base: Annotated[Path | None, typer.Option(metavar="MODEL", help=_BASE_HELP, show_default=False)] = None,
+) -> None:
+    """Check every byte of a log and, with the base, the weights at every snapshot."""
+    from thinwire.launch.onebyte import verify as run
+
+    raise typer.Exit(run(log, base))
+
+
+@onebyte_app.command("inspect")
+def onebyte_inspect(
+    log: LogFile, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False
+) -> None:
+    """Say what a log holds: who took part when, what was sent, how large it is."""
+    from thinwire.launch.onebyte import inspect as run
+
+    raise typer.Exit(run(log, as_json))
 
 
 def main() -> None:

@@ -151,6 +151,10 @@ class Log:
         """Length of the file, less torn_bytes."""
         return self._offsets[-1]
 
+    def record_bytes(self, index: int) -> int:
+        """What record `index` takes in the file, its check bytes with it."""
+        return self._offsets[index + 1] - self._offsets[index]
+
     def chain(self, length: int) -> bytes:
         """h_length, SHA-256 of the manifest and the first `length` records."""
         self._check_length(length)

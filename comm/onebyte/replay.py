@@ -23,7 +23,11 @@ Progress = Callable[[int], None]
 
 
 class ReplayError(ValueError):
-    """Log and weights do not belong together."""
+    """Log and base do not belong together."""
+
+
+class WrongWeightsError(ReplayError):
+    """Replayed weights are not those that a snapshot in the log tells of."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def replay(
         until: carry out that many rounds; None: all.
         step_by_step: one pass for each round, as in the run.
     Raises:
-        ReplayError: the base is not the run's, the log has fewer rounds, or the snapshot has another hash.
+        ReplayError: the base is not the run's, or the log has fewer rounds.
+        WrongWeightsError: the snapshot has another hash.
     """
     until = _checked_end(log, until)
     snapshots = [s.rounds for s in log if isinstance(s, Snapshot) and s.rounds <= until]
@@ -82,7 +87,8 @@ def verify(log: Log, base: Mapping[str, Tensor], *, progress: Progress | None = 
     """Carry out all rounds, and compare the hash of the weights at every snapshot.
 
     Raises:
-        ReplayError: the base is not the run's; or a hash differs, naming the rounds between which it happened.
+        ReplayError: the base is not the run's.
+        WrongWeightsError: a hash differs; names the snapshot before, which agreed.
     """
     replica, tensors = _begin(log, base)
     proved = 0
@@ -148,7 +154,7 @@ def _parts(log: Log, until: int, stops: list[int] | None) -> Iterator[list[Round
 def _compare(log: Log, replica: Replica, snapshot: Snapshot, proved: int) -> None:
     found = replica.model_hash()
     if found != snapshot.model_hash:
-        raise ReplayError(
+        raise WrongWeightsError(
             f"{log.path}: after {snapshot.rounds} rounds the run's weights had the SHA-256 "
             f"{snapshot.model_hash.hex()[:16]}..., the replayed ones have {found.hex()[:16]}...; they agreed after "
             f"{proved} rounds. The log's chain is intact: the machine that wrote the snapshot, or this one, computes "
