@@ -85,7 +85,8 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
         pretrained = load_pretrained(config.model, device)
         prompts = Prompts(pretrained, config.data.template, config.data.labels)
         data: TaskData = LabelledData(config.data, paths, prompts, pretrained.identity, config.seed)
-        task = Task(prompts.scoring(config.model.temperature).to(device), pretrained.network, data)
+        model = prompts.scoring(config.model.temperature).to(device)
+        task = Task(model.eval(), pretrained.network, data)
     else:
         if labelled:
             raise ValueError(
