@@ -46,6 +46,7 @@ class Numerics(Settings):
     robust_steps: int = Field(ge=0, le=127)
     floor_log2: int
     rank: int = Field(gt=0)
+    basis_every: int = Field(gt=0)
 
 
 class Manifest(Settings):

@@ -20,8 +20,11 @@ class OneByteSettings(Settings):
     estimate: two_sided compares the losses at w + eps z and w - eps z; one_sided those at w + eps z and at w, which
       all of a round's directions share: samples + 1 evaluations instead of 2 * samples.
     directions: distinct (each machine its own), shared (all machines the same, so that a round costs the same however
-      many they are), or subspace (of `rank`^2 dimensions for each matrix, renewed at every snapshot: any number of
-      contributions is applied by one matrix product).
+      many they are), or subspace (of rank^2 dimensions for each matrix, so that any number of contributions is applied
+      by one matrix product; smaller tensors keep directions of their own).
+    rank, basis_every: of the subspace: how many vectors span it on each side, and for how many rounds it holds. If N
+      contributions fall into that time, the variance of estimates is 1 + N / rank^2 times that of distinct directions;
+      a longer time makes replaying many rounds cheaper.
     distribution: of a direction's entries: rademacher (+1 or -1), or gaussian (the set bits of a word, minus 16).
     scaling: divide the sum of the contributions by their number (mean) or by its square root (sqrt).
     step_size: fixed; std divides by the standard deviation of the round's slopes (FZOO); ema by the root of their
@@ -49,6 +52,7 @@ class OneByteSettings(Settings):
     snapshot_every: int = Field(1000, gt=0)
     kept: float = Field(1.0, gt=0, le=1)
     rank: int = Field(32, gt=0, le=256)
+    basis_every: int = Field(1, gt=0)
     robust: Literal["none", "clip", "drop", "median"] = "none"
     robust_factor: float = Field(2.5, gt=1)
     slope_floor: float = Field(2.0**-8, gt=0)
@@ -61,6 +65,8 @@ class OneByteSettings(Settings):
                 f"robust: median needs directions: shared, not {self.directions}: slopes along different directions "
                 "have no median; take clip or drop"
             )
+        if self.directions == "subspace" and self.distribution == "gaussian":
+            raise ValueError("directions: subspace has entries of +1 and -1 alone; give distribution: rademacher")
         if self.step_size == "std" and self.directions == "shared" and self.samples == 1:
             raise ValueError("step_size: std needs two slopes or more in a round; give samples > 1, or step_size: ema")
         return self
@@ -80,6 +86,7 @@ class OneByteSettings(Settings):
             robust_steps=round(STEPS_PER_OCTAVE * math.log2(self.robust_factor)),
             floor_log2=nearest_log2(self.slope_floor),
             rank=self.rank,
+            basis_every=self.basis_every,
         )
 
 
