@@ -226,12 +226,12 @@ class Simulation:
         """Raises AssertionError, with a picture, if the goal is not reached within so many simulated seconds."""
         end = self.now + limit_s
         while not goal():
-            assert self._events[0][0] <= end, f"not within {limit_s} s: {self.describe()}"
             self.step()
+            assert self.now <= end, f"not within {limit_s} s: {self.describe()}"
 
     def run_for(self, seconds: float) -> None:
         end = self.now + seconds
-        while self._events[0][0] <= end:
+        while self._events and self._events[0][0] <= end:
             self.step()
         self.now = end
 
@@ -260,7 +260,7 @@ class Simulation:
 
     @property
     def rounds(self) -> int:
-        return max(m.ledger.log.rounds for m in self.machines if m.alive)
+        return max((m.ledger.log.rounds for m in self.machines if m.alive), default=0)
 
     def describe(self) -> str:
         return "; ".join(

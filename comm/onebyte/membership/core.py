@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from thinwire.comm.onebyte.exchange import Change, Turn
 from thinwire.comm.onebyte.membership import messages as m
-from thinwire.comm.onebyte.membership.errors import HistoryError, ModelMismatchError, RefusedError
+from thinwire.comm.onebyte.membership.errors import HistoryError, MessageError, ModelMismatchError, RefusedError
 from thinwire.comm.onebyte.membership.frame import Frame, pack_frame
 from thinwire.comm.onebyte.membership.leader import Leader
 from thinwire.comm.onebyte.membership.ledger import Ledger
@@ -17,7 +17,6 @@ from thinwire.comm.onebyte.membership.messages import NO_SLOT, NOT_PROVEN
 from thinwire.comm.onebyte.membership.promise import PromiseStore
 from thinwire.comm.onebyte.membership.settings import MembershipSettings
 from thinwire.comm.onebyte.rounds import Member, Roster, Round
-from thinwire.comm.wire import PayloadError
 
 Outgoing = m.Control | bytes
 """A control message, or the frame of a contribution."""
@@ -221,7 +220,7 @@ class Core:
                 self._pending.sent_term = -1
 
     def receive(self, sender: str, message: m.Control | Frame, now: float) -> None:
-        """Take a message from the machine that listens at `sender`. Raises PayloadError for what makes no sense."""
+        """Take a message from the machine that listens at `sender`. Raises MessageError for what makes no sense."""
         if self.failure or self.left:
             return
         try:
@@ -444,7 +443,7 @@ class Core:
             return
         self._learn_term(message.term, now)
         if self._leader:
-            raise PayloadError(f"{sender} claims to lead in term {message.term}, in which this machine leads")
+            raise MessageError(f"{sender} claims to lead in term {message.term}, in which this machine leads")
         self._leader_address, self._leader_heard, self._leader_lost = sender, now, False
         self._votes = set()
         self._put_off_election(now)

@@ -19,3 +19,7 @@ class HistoryError(CommError):
 
 class ModelMismatchError(RuntimeError):
     """The weights of this machine are not those that its log makes of the base model."""
+
+
+class MessageError(ValueError):
+    """Received bytes are not what they should be: damaged, of another run, or of another program."""

@@ -7,7 +7,7 @@ import hmac
 import struct
 from typing import NamedTuple
 
-from thinwire.comm.wire import PayloadError
+from thinwire.comm.onebyte.membership.errors import MessageError
 
 FRAME = 1
 """The version, and on a connection the kind of the message."""
@@ -46,14 +46,14 @@ def pack_frame(
 
 
 def parse_frame(data: bytes, run: bytes) -> Frame:
-    """Raises PayloadError for what is no frame of this run."""
+    """Raises MessageError for what is no frame of this run."""
     if len(data) < FRAME_BYTES:
-        raise PayloadError(f"a frame of {len(data)} bytes; it has {FRAME_BYTES} and its codes")
+        raise MessageError(f"a frame of {len(data)} bytes; it has {FRAME_BYTES} and its codes")
     version, of_run, round_, epoch, slot, count = HEADER.unpack_from(data)
     if version != FRAME or of_run != run:
-        raise PayloadError(f"a frame of version {version} and run {of_run.hex()}; expected {FRAME} and {run.hex()}")
+        raise MessageError(f"a frame of version {version} and run {of_run.hex()}; expected {FRAME} and {run.hex()}")
     if len(data) != FRAME_BYTES + count:
-        raise PayloadError(f"a frame of {len(data)} bytes that announces {count} codes")
+        raise MessageError(f"a frame of {len(data)} bytes that announces {count} codes")
     body = bytes(data[: HEADER.size + count])
     return Frame(round_, epoch, slot, body[HEADER.size :], body, bytes(data[HEADER.size + count :]))
 

@@ -7,10 +7,9 @@ from collections.abc import Collection
 
 from thinwire.comm.onebyte.exchange import Change
 from thinwire.comm.onebyte.log import Log, LogError
-from thinwire.comm.onebyte.membership.errors import HistoryError
+from thinwire.comm.onebyte.membership.errors import HistoryError, MessageError
 from thinwire.comm.onebyte.membership.quorum import is_quorum
 from thinwire.comm.onebyte.rounds import Record, Roster, Round, Snapshot
-from thinwire.comm.wire import PayloadError
 
 CHECK_BYTES = 8
 """As much of a chain hash as messages carry."""
@@ -135,7 +134,7 @@ class Ledger:
         Records that contradict them are given up. Returns where the records end.
 
         Raises:
-            PayloadError: they are not `count` records that continue this log.
+            MessageError: they are not `count` records that continue this log.
             HistoryError: they contradict committed ones.
         """
         at = 0
@@ -153,11 +152,11 @@ class Ledger:
             taken = self.log.extend_raw(records[at:])
         except LogError as error:
             self._put_back(kept)
-            raise PayloadError(f"proposed records that do not follow: {error}") from None
+            raise MessageError(f"proposed records that do not follow: {error}") from None
         if taken != len(records) - at or len(self.log) != index + count:
             self.log.truncate(index)
             self._put_back(kept)
-            raise PayloadError(f"{len(records)} bytes proposed as {count} records from {index} on are not that")
+            raise MessageError(f"{len(records)} bytes proposed as {count} records from {index} on are not that")
         self._written(index)
         return index + count
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from thinwire.comm.onebyte.membership import messages as m
-from thinwire.comm.wire import PayloadError
+from thinwire.comm.onebyte.membership.errors import MessageError
 
 PROPOSAL_LIMIT_BYTES = 1 << 24
 _TEXT_LIMIT_BYTES = 1024
@@ -38,10 +38,10 @@ _KINDS = {layout.message: kind for kind, layout in _LAYOUTS.items()}
 
 
 def limit_bytes(kind: int) -> int:
-    """The longest body that a message of this kind may have. Raises PayloadError for a kind that there is not."""
+    """The longest body that a message of this kind may have. Raises MessageError for a kind that there is not."""
     layout = _LAYOUTS.get(kind)
     if layout is None:
-        raise PayloadError(f"a message of kind {kind}, which there is not")
+        raise MessageError(f"a message of kind {kind}, which there is not")
     if layout.tail is None:
         return layout.fixed.size
     return layout.fixed.size + (PROPOSAL_LIMIT_BYTES if layout.tail is bytes else _TEXT_LIMIT_BYTES)
@@ -59,13 +59,13 @@ def encode(message: m.Control) -> tuple[int, bytes]:
 
 
 def decode(kind: int, body: bytes) -> m.Control:
-    """The inverse. Raises PayloadError."""
+    """The inverse. Raises MessageError."""
     if len(body) > limit_bytes(kind):
-        raise PayloadError(f"a message of kind {kind} with {len(body)} bytes; at most {limit_bytes(kind)}")
+        raise MessageError(f"a message of kind {kind} with {len(body)} bytes; at most {limit_bytes(kind)}")
     layout = _LAYOUTS[kind]
     size = layout.fixed.size
     if len(body) < size or (layout.tail is None and len(body) > size):
-        raise PayloadError(f"a message of kind {kind} with {len(body)} bytes; its fields take {size}")
+        raise MessageError(f"a message of kind {kind} with {len(body)} bytes; its fields take {size}")
     values = list(layout.fixed.unpack_from(body))
     if layout.tail is bytes:
         values.append(bytes(body[size:]))
@@ -73,5 +73,5 @@ def decode(kind: int, body: bytes) -> m.Control:
         try:
             values.append(bytes(body[size:]).decode())
         except UnicodeDecodeError as error:
-            raise PayloadError(f"a message of kind {kind} whose text is not UTF-8: {error}") from None
+            raise MessageError(f"a message of kind {kind} whose text is not UTF-8: {error}") from None
     return layout.message(*values)
