@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from thinwire.kernels.lattice_add_on_cpu import add_on_cpu
+from thinwire.kernels.lattice_add_on_gpu import launch
 from thinwire.kernels.philox import PER_BLOCK, Distribution, check_key, direction_reference
+from thinwire.kernels.triton_kernel import triton_is_installed
 
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXPONENTS = range(-100, 127)  # 2^-k and 24 bits above it are fp32 numbers
@@ -40,6 +43,7 @@ def lattice_add(
     modulo 2^32, which changes nothing as long as the true sum with the weight is less than 2^31.
 
     On a GPU this is the Triton kernel, on a CPU numba's code (without either: PyTorch, with a warning; same bits).
+    The GPU is waited for.
 
     Args:
         weights: fp32 (d,), contiguous: elements first to first + d of the tensor.
@@ -81,18 +85,17 @@ def lattice_add(
 
 @functools.cache
 def _fastest(device_type: str) -> Callable[..., int]:
+    if device_type == "cuda" and triton_is_installed():
+        return launch
     if device_type == "cpu" and importlib.util.find_spec("numba") is not None:
-        from thinwire.kernels.lattice_add_on_cpu import add_on_cpu
-
         return add_on_cpu
-    missing = {"cpu": ("numba", "onebyte"), "cuda": ("Triton", "triton")}.get(device_type)
-    if missing is not None:
-        warnings.warn(
-            f"lattice_add: {missing[0]} is not installed, so PyTorch makes the directions one by one: same result, a "
-            f"hundred times slower; pip install 'thinwire[{missing[1]}]' brings it",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+    missing, extra = ("Triton", "triton") if device_type == "cuda" else ("numba", "onebyte")
+    warnings.warn(
+        f"lattice_add: {missing} is not installed, so PyTorch makes the directions one by one: same result, a hundred "
+        f"times slower; pip install 'thinwire[{extra}]' brings it",
+        RuntimeWarning,
+        stacklevel=4,
+    )
     return lattice_add_reference
 
 
@@ -165,7 +168,8 @@ def _check(
         )
     if mask is not None:
         _check_mask(mask, stop, weights.device)
-    if out is not weights and _overlap(weights, out) and out.data_ptr() != weights.data_ptr():
+    in_place = out.data_ptr() == weights.data_ptr() and out.dtype == weights.dtype
+    if not in_place and _overlap(weights, out):
         raise ValueError("lattice_add: out overlaps weights; give it memory of its own, or the same")
     if places.device.type == "cpu" and places.numel() and (places.amin() < 0 or places.amax() >= 1 << 32):
         raise ValueError(
