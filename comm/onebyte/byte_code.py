@@ -34,11 +34,15 @@ class ByteCode:
 
     Relative error within that range: 4.5 % at most, 2.5 % root mean square. Smaller slopes become the smallest one or
     zero, larger ones the largest.
+
+    Attributes: values, the slope that each of the 256 codes stands for, fp32 numbers; NaN for ABSENT.
     """
 
     def __init__(self, floor_log2: int) -> None:
         self.floor_log2 = floor_log2
         self._unit = math.ldexp(1.0, floor_log2 - FRACTION_BITS)
+        sizes = [magnitude * self._unit for magnitude in MAGNITUDES]
+        self.values = (*sizes, math.nan, *(-size for size in sizes[1:]))
 
     def encode(self, slope: float) -> int:
         """The nearest code; ABSENT for a slope that is NaN or infinite."""
@@ -46,10 +50,3 @@ class ByteCode:
             return ABSENT
         code = bisect_right(_LIMITS, abs(slope) / self._unit)
         return code | SIGN if slope < 0 and code else code
-
-    def value(self, code: int) -> float:
-        """The slope that a code stands for, an fp32 number; NaN for ABSENT."""
-        if code == ABSENT:
-            return math.nan
-        magnitude = MAGNITUDES[code & LARGEST] * self._unit
-        return -magnitude if code & SIGN else magnitude

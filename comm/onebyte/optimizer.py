@@ -140,7 +140,7 @@ class OneByteSPSA(torch.optim.Optimizer):
     def metrics(self) -> dict[str, float]:
         """Of the last round: contributions; absent (no finite loss), saturated and zero ones; median size of slopes."""
         codes = b"".join(c.codes for c in self._last.contributions) if self._last else b""
-        sizes = [abs(self._code.value(code)) for code in codes if code != ABSENT]
+        sizes = [abs(self._code.values[code]) for code in codes if code != ABSENT]
         return {
             "contributions": float(len(codes)),
             "absent": float(codes.count(ABSENT)),

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from thinwire.comm.onebyte.coefficients import Slopes, coefficients, slopes_of
+from thinwire.comm.onebyte.byte_code import ByteCode
+from thinwire.comm.onebyte.coefficients import Progress, Slopes, WeightRangeError, coefficients
 from thinwire.comm.onebyte.lattice import Lattice
 from thinwire.comm.onebyte.manifest import Manifest
 from thinwire.comm.onebyte.rounds import Round
-from thinwire.comm.onebyte.step_size import Pace, next_pace
+from thinwire.comm.onebyte.step_size import Pace
 from thinwire.comm.onebyte.stream import key_of
 
 _UNDOABLE = 4
-
-
-@dataclass(frozen=True)
-class _Progress:
-    """rate_sum: of the learning rates since the last snapshot."""
-
-    rounds: int = 0
-    rate_sum: float = 0.0
-    pace: Pace = field(default_factory=Pace)
+_CONTRIBUTIONS_OF_A_PASS = 2048  # beside so many, reading and writing the weights takes no time
 
 
 class Replica:
@@ -44,9 +36,10 @@ class Replica:
     def __init__(self, manifest: Manifest, parameters: Sequence[Tensor]) -> None:
         self.manifest = manifest
         self._key = key_of(manifest.to_bytes())
+        self._code = ByteCode(manifest.numerics.floor_log2)
         self.lattice = Lattice(manifest, parameters, self._key)
-        self._progress = _Progress()
-        self._before: deque[_Progress] = deque(maxlen=_UNDOABLE)
+        self._progress = Progress()
+        self._before: deque[Progress] = deque(maxlen=_UNDOABLE)
 
     @property
     def rounds(self) -> int:
@@ -64,27 +57,24 @@ class Replica:
         """Carry out rounds, the next ones in order, in as few passes over the weights as their snapshots allow.
 
         Raises:
-            ValueError: another round should come next.
-            WeightRangeError: the weights have grown beyond their grid.
+            ValueError: another round should come next; nothing has changed.
+            WeightRangeError: the weights would grow beyond their grid. The rounds of earlier passes are carried out
+                then; `rounds` says how many. Where one round is given, nothing has changed.
         """
-        segment: list[Round] = []
-        for round_ in rounds:
-            if round_.number != self.rounds + len(segment):
-                raise ValueError(f"round {round_.number} came where round {self.rounds + len(segment)} is next")
-            segment.append(round_)
-            if self._acts_after(round_.number):
-                self._apply_segment(segment)
-                self._settle()
-                segment = []
-        self._apply_segment(segment)
+        for number, round_ in enumerate(rounds, self.rounds):
+            if round_.number != number:
+                raise ValueError(f"round {round_.number} came where round {number} is next")
+        for segment in self._segments(rounds):
+            self._apply_segment(segment)
 
     def undo(self, round_: Round) -> None:
         """Take the newest round back, exactly: 4 rounds at most, and none that a snapshot has followed."""
         assert round_.number == self.rounds - 1
         assert self._before
         assert not self._acts_after(round_.number)
-        slopes, units = self._units(round_, self._progress.pace)
-        self.lattice.add(-units, slopes.places)
+        slopes = Slopes()
+        slopes.take(round_, self._before[-1], self.manifest.numerics, self._code)
+        self.lattice.add(-coefficients(slopes, self.manifest, self._key), slopes.places)
         self._progress = self._before.pop()
 
     def is_snapshot(self, number: int) -> bool:
@@ -95,6 +85,10 @@ class Replica:
         """SHA-256 of the weights, 32 bytes."""
         return self.lattice.digest()
 
+    def check_untouched(self) -> None:
+        """Raise a ValueError that names a parameter which somebody else has changed."""
+        self.lattice.check_untouched()
+
     def state(self) -> dict[str, Any]:
         """What the weights alone do not say."""
         return {"progress": asdict(self._progress), "lattice": self.lattice.state()}
@@ -102,32 +96,50 @@ class Replica:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take back what state() gave, beside parameters that are loaded before or after."""
         progress = dict(state["progress"])
-        self._progress = _Progress(**{**progress, "pace": Pace(**progress["pace"])})
-        self._before.clear()
         self.lattice.load(state["lattice"])
+        self._progress = Progress(**{**progress, "pace": Pace(**progress["pace"])})
+        self._before.clear()
 
     def _acts_after(self, number: int) -> bool:
         """Whether something happens to the weights between a round and the next."""
         decays = any(entry.decay for entry in self.manifest.tensors)
         return self.is_snapshot(number) and (decays or self.manifest.numerics.kept < 1)
 
-    def _apply_segment(self, segment: Sequence[Round]) -> None:
-        if not segment:
-            return
-        places, units = [], []
-        for round_ in segment:
-            before = self._progress
-            slopes = slopes_of(round_, self.manifest)
-            pace = next_pace(before.pace, slopes.values.tolist(), self.manifest.numerics.ema_decay)
-            self._before.append(before)
-            self._progress = _Progress(before.rounds + 1, before.rate_sum + round_.rate, pace)
-            places.append(slopes.places)
-            units.append(coefficients(slopes, round_.rate, pace, self.manifest, self._key))
-        self.lattice.add(torch.cat(units, dim=1), torch.cat(places))
+    def _segments(self, rounds: Sequence[Round]) -> Iterator[list[Round]]:
+        """Rounds that take one pass over the weights."""
+        segment: list[Round] = []
+        contributions = 0
+        for round_ in rounds:
+            segment.append(round_)
+            contributions += sum(len(c.codes) for c in round_.contributions)
+            if contributions >= _CONTRIBUTIONS_OF_A_PASS or self._acts_after(round_.number):
+                yield segment
+                segment, contributions = [], 0
+        if segment:
+            yield segment
 
-    def _units(self, round_: Round, pace: Pace) -> tuple[Slopes, Tensor]:
-        slopes = slopes_of(round_, self.manifest)
-        return slopes, coefficients(slopes, round_.rate, pace, self.manifest, self._key)
+    def _apply_segment(self, segment: Sequence[Round]) -> None:
+        slopes, progresses = Slopes(), [self._progress]
+        for round_ in segment:
+            progresses.append(slopes.take(round_, progresses[-1], self.manifest.numerics, self._code))
+        *before, after = progresses
+        settles = self._acts_after(segment[-1].number)
+        if settles:
+            self._check_decay(after)
+        self.lattice.add(coefficients(slopes, self.manifest, self._key), slopes.places)
+        self._progress = after
+        self._before.extend(before)
+        if settles:
+            self._settle()
+
+    def _check_decay(self, progress: Progress) -> None:
+        for entry in self.manifest.tensors:
+            share = entry.decay * entry.rate_scale * progress.rate_sum
+            if share >= 1:
+                raise WeightRangeError(
+                    f"weight decay would take {share:.3g} times {entry.name} away at the snapshot after "
+                    f"{progress.rounds} rounds; lower weight_decay, the learning rate or snapshot_every"
+                )
 
     def _settle(self) -> None:
         """What is done at a snapshot."""
@@ -135,5 +147,5 @@ class Replica:
         self.lattice.decay(progress.rate_sum)
         if self.manifest.numerics.kept < 1:
             self.lattice.choose_kept()
-        self._progress = _Progress(progress.rounds, 0.0, progress.pace)
+        self._progress = Progress(progress.rounds, 0.0, progress.pace)
         self._before.clear()

@@ -8,13 +8,14 @@ is decided on the bytes themselves, so all machines decide alike.
 
 from __future__ import annotations
 
+import struct
 from collections import defaultdict
 from collections.abc import Sequence
 
-import torch
-
 from thinwire.comm.onebyte.byte_code import ABSENT, LARGEST, SIGN, ByteCode
 from thinwire.comm.onebyte.rounds import SHARED_SLOT, Contribution
+
+_FP32 = struct.Struct("=f")
 
 
 def combine(
@@ -27,6 +28,7 @@ def combine(
         steps: eighths of an octave above the median size that are let pass.
         shared: machines' slopes of one sample belong to one direction; they become one, their mean or median.
     """
+    values = code.values
     present = [(c.slot, i, byte) for c in contributions for i, byte in enumerate(c.codes) if byte != ABSENT]
     if robust in ("clip", "drop") and present:
         limit = min(LARGEST, _middle([byte & LARGEST for _, _, byte in present]) + steps)
@@ -35,10 +37,10 @@ def combine(
         else:
             present = [(s, i, byte) for s, i, byte in present if byte & LARGEST <= limit]
     if not shared:
-        return [(slot, sample, code.value(byte)) for slot, sample, byte in present]
+        return [(slot, sample, values[byte]) for slot, sample, byte in present]
     by_sample: defaultdict[int, list[float]] = defaultdict(list)
     for _, sample, byte in present:
-        by_sample[sample].append(code.value(byte))
+        by_sample[sample].append(values[byte])
     return [
         (SHARED_SLOT, sample, _median(slopes) if robust == "median" else _fp32(sum(slopes) / len(slopes)))
         for sample, slopes in sorted(by_sample.items())
@@ -56,4 +58,4 @@ def _median(slopes: list[float]) -> float:
 
 
 def _fp32(number: float) -> float:
-    return float(torch.tensor(number, dtype=torch.float32))
+    return float(_FP32.unpack(_FP32.pack(number))[0])

@@ -18,6 +18,9 @@ DIRECTIONS, ROUNDING, PICKS, BASIS = range(4)
 DOMAIN_SHIFT = 28
 MAX_TENSORS = 1 << DOMAIN_SHIFT
 MAX_SAMPLES = 1 << 16
+VARIANCE = {"rademacher": 1.0, "gaussian": 8.0}
+"""Of a direction's elements."""
+LARGEST_ELEMENT = {"rademacher": 1, "gaussian": 16}
 
 
 def key_of(manifest: bytes) -> int:
