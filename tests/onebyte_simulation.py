@@ -16,6 +16,7 @@ from typing import Any
 from thinwire.comm.onebyte.exchange import Change
 from thinwire.comm.onebyte.log import Log
 from thinwire.comm.onebyte.membership.core import Core, Me, Outgoing, Seat
+from thinwire.comm.onebyte.membership.errors import ModelMismatchError
 from thinwire.comm.onebyte.membership.frame import parse_frame
 from thinwire.comm.onebyte.membership.ledger import Ledger
 from thinwire.comm.onebyte.membership.promise import Promise
@@ -88,14 +89,16 @@ class Machine:
         self.model = Numbers()
         self.core: Core
 
-    def boot(self) -> None:
+    def boot(self, fault: bytes = b"") -> None:
         self.alive, self.stopped, self.life = True, False, self.life + 1
         self.missed = []
         if self.life > 1:  # as if read from the file again
             old, self.disk.log = self.disk.log, memory_log()
             self.disk.log.extend_raw(old.raw(0))
             old.close()
+        self.failure: Exception | None = None
         self.model = Numbers()
+        self.model.fault = fault
         self.ledger = Ledger(self.disk.log, SNAPSHOT_EVERY, sync=False)
         me = Me(self.name, self.address, RUN, BASE_HASH)
         chance = random.Random(self.run.chance.random())
@@ -127,7 +130,11 @@ class Machine:
             self.model.carry_out(self.steps.changes_for_commit())
             self.waiting = None
         if not self.evaluating and not self.waiting and not self.core.failure:
-            self.evaluating = self.steps.next()
+            try:
+                self.evaluating = self.steps.next()
+            except ModelMismatchError as error:
+                self.alive, self.failure = False, error
+                return
             if self.evaluating:
                 life = self.life
                 self.run.after(self.work_s * self.run.chance.uniform(0.7, 1.3), lambda: self.done(life))

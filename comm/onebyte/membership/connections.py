@@ -163,15 +163,11 @@ class Connections:
         self._waiting.pop(address, None)
         self._retry_at[address] = asyncio.get_running_loop().time() + self._retry_s
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._strangers >= _STRANGERS:
             writer.transport.abort()
-            return
-        await self._serve(reader, writer, dialled=None)
+        else:
+            self._spawn(self._serve(reader, writer, dialled=None))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dialled: str | None) -> None:
         connection = None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from thinwire.comm.errors import CommError
+from thinwire.comm.onebyte.errors import ModelMismatchError
+
+__all__ = ["HistoryError", "MessageError", "ModelMismatchError", "NoQuorumError", "RefusedError"]
 
 
 class NoQuorumError(CommError):
@@ -15,10 +18,6 @@ class RefusedError(CommError):
 
 class HistoryError(CommError):
     """A machine holds another history of rounds that were already committed: two runs of one manifest have met."""
-
-
-class ModelMismatchError(RuntimeError):
-    """The weights of this machine are not those that its log makes of the base model."""
 
 
 class MessageError(ValueError):

@@ -1,0 +1,455 @@
+"""Machines of a simulated run crash, stop, lose messages and disks, come and go: none commits another history."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onebyte_simulation import BASE_HASH, RUN, SNAPSHOT_EVERY, Machine, Numbers, Simulation
+from pydantic import ValidationError
+from torch import Tensor
+
+from thinwire.comm.onebyte.membership import handshake, message_code, messages
+from thinwire.comm.onebyte.membership.errors import HistoryError, MessageError, ModelMismatchError, RefusedError
+from thinwire.comm.onebyte.membership.frame import FRAME_BYTES, pack_frame, parse_frame
+from thinwire.comm.onebyte.membership.handshake import TO_TAKE_PART, Greeting
+from thinwire.comm.onebyte.membership.messages import NO_SLOT
+from thinwire.comm.onebyte.membership.promise import Promise, PromiseFile
+from thinwire.comm.onebyte.membership.quorum import is_quorum
+from thinwire.comm.onebyte.membership.settings import MembershipSettings, join_address, split_address
+from thinwire.comm.onebyte.rounds import Member, Roster, Round
+
+SCHEDULES = 40
+
+
+def together(machines: int, seed: int = 0, **settings: object) -> Simulation:
+    """Machines that have all committed a few rounds."""
+    run = Simulation(seed, wait_for=machines, **settings)
+    for _ in range(machines):
+        run.add(samples=3)
+    run.run_until(lambda: all(m.ledger.log.rounds > 3 for m in run.machines), 60)
+    return run
+
+
+def leader(run: Simulation) -> Machine:
+    return next(m for m in run.machines if m.alive and not m.stopped and m.core.leads)
+
+
+def everyone_goes_on(run: Simulation, rounds: int = 3, limit_s: float = 100.0) -> None:
+    """All that are up commit some more rounds, with all of them in the roster, and agree on all."""
+    up = [m for m in run.machines if m.alive and not m.stopped]
+    goal = max(m.ledger.log.rounds for m in up) + rounds
+    run.run_until(lambda: all(m.ledger.log.rounds >= goal and m.core.member for m in up), limit_s)
+    run.check_models()
+
+
+def records(machine: Machine, kind: type) -> list:
+    return [record for record in machine.ledger.log if isinstance(record, kind)]
+
+
+def may_lose_disk(run: Simulation, victim: Machine) -> bool:
+    """Whether the others could go on without what the victim had promised."""
+    rosters = [roster for m in run.machines if len(m.disk.log) for roster in m.ledger.rosters_in_force]
+    rest = [{r.slot for r in roster.members if r.name != victim.name} for roster in rosters]
+    return all(len(slots) == len(r.members) or is_quorum(slots, r) for slots, r in zip(rest, rosters, strict=True))
+
+
+def live(seed: int) -> Simulation:
+    """A random life of a run; in the end everything is repaired."""
+    run = Simulation(seed)
+    chance = run.chance
+    for number in range(chance.randint(2, 5)):
+        work_s = chance.choice([0.1, 0.3, 1.0, 7.0]) if number else 0.3
+        run.add(work_s, contacts=[chance.randrange(max(1, number))], samples=chance.randint(1, 4))
+    run.run_for(chance.uniform(0, 8))
+    run.loss, run.twice = chance.choice([0.0, 0.02, 0.2]), chance.choice([0.0, 0.1])
+    disk_lost = False
+    for _ in range(chance.randint(3, 25)):
+        victim = chance.choice(run.machines)
+        fault = chance.choice(["kill", "leader", "stop", "cut", "join", "disk", "boot", "continue", "heal"])
+        if fault == "leader":
+            victim = next((m for m in run.machines if m.alive and m.core.leads), victim)
+        if fault in ("kill", "leader") and victim.alive:
+            victim.kill()
+            if chance.random() < 0.5:
+                run.tell_lost(victim.address)
+        elif fault == "stop" and victim.alive:
+            victim.stopped = True
+        elif fault == "continue" and victim.alive:
+            victim.go_on()
+        elif fault == "boot" and not victim.alive:
+            victim.boot()
+        elif fault == "cut":
+            run.group = {m.address: chance.randint(0, 1) for m in run.machines}
+        elif fault == "heal":
+            run.group = {}
+        elif fault == "join" and len(run.machines) < 7:
+            run.add(chance.choice([0.1, 1.0]), contacts=[chance.randrange(len(run.machines))], samples=2)
+        elif fault == "disk" and not disk_lost and victim is not run.machines[0] and may_lose_disk(run, victim):
+            disk_lost = True
+            victim.kill(lose_disk=True)
+        run.run_for(chance.choice([0.05, 0.2, 0.5, 0.5, 3, 8]))
+    run.loss = run.twice = 0.0
+    run.group = {}
+    for machine in run.machines:
+        if not machine.alive:
+            machine.boot()
+        elif machine.stopped:
+            machine.go_on()
+    everyone_goes_on(run, 4, 300)
+    return run
+
+
+def test_random_lives_end_with_one_history_and_all_machines_in_it() -> None:
+    """Also checked at every step: no two machines ever commit different records, and none is applied twice or lost."""
+    undone = elections = 0
+    for seed in range(SCHEDULES):
+        run = live(seed)
+        undone += sum(m.ledger.undone for m in run.machines)
+        elections += sum(m.core.elections for m in run.machines)
+        for machine in run.machines:
+            machine.disk.log.close()
+    assert undone > 0, "no schedule has superseded a round: they are too tame"
+    assert elections > SCHEDULES
+
+
+@pytest.mark.parametrize("machines", [1, 2, 4])
+def test_a_round_costs_each_member_one_frame_and_the_leader_one_proposal_each(machines: int) -> None:
+    run = together(machines)
+    first = run.rounds
+    run.run_until(lambda: run.rounds > first, 10)
+    run.sent = []
+    # From one snapshot to the next there is nothing but rounds.
+    run.run_until(lambda: run.rounds % SNAPSHOT_EVERY == 1 and leader(run).ledger.log.rounds > first + 3, 30)
+    run.sent = []
+    run.run_until(lambda: run.rounds % SNAPSHOT_EVERY == 5, 30)
+    assert all(isinstance(sent, bytes | messages.Propose) for _, _, sent in run.sent)
+    frames = [sent for _, _, sent in run.sent if isinstance(sent, bytes)]
+    assert 3 * (machines - 1) <= len(frames) <= 5 * (machines - 1)
+    assert all(len(frame) == 24 + 3 for frame in frames)
+    proposals = [sent for _, _, sent in run.sent if isinstance(sent, messages.Propose)]
+    assert 3 * (machines - 1) <= len(proposals) <= 5 * (machines - 1)
+    assert not any(p.confirm for p in proposals)
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped", "cut off"])
+@pytest.mark.parametrize("who", ["leader", "member"])
+def test_one_of_three_is_lost_and_comes_back(fault: str, who: str) -> None:
+    run = together(3, deadline_s=20.0)
+    victim = leader(run) if who == "leader" else next(m for m in run.machines if not m.core.leads)
+    others = [m for m in run.machines if m is not victim]
+    before = run.rounds
+    began = run.now
+    if fault == "killed":
+        victim.kill()
+    elif fault == "stopped":
+        victim.stopped = True
+    else:
+        run.group = {victim.address: 1}
+    run.run_until(lambda: all(m.ledger.log.rounds >= before + 3 for m in others), 30)
+    assert run.now - began < 3 * 2.0 + 3 * 1.5, "not the deadline, but the silence tells"
+    if fault == "cut off":
+        committed = victim.ledger.committed
+        run.run_for(10)
+        assert victim.ledger.committed <= committed + 1, "a minority commits nothing new"
+        assert not victim.core.leads
+    slot = victim.core.slot
+    run.group = {}
+    victim.boot() if fault == "killed" else victim.go_on()
+    everyone_goes_on(run)
+    assert victim.core.slot == slot, "its old slot"
+    last = records(others[0], Round)[-1]
+    assert slot in [c.slot for c in last.contributions]
+
+
+def test_two_machines_survive_the_junior_and_never_split() -> None:
+    run = together(2)
+    senior, junior = run.machines
+    assert (senior.core.slot, junior.core.slot) == (0, 1)
+    run.group = {junior.address: 1}
+    before = run.rounds
+    run.run_until(lambda: senior.ledger.log.rounds > before + 3, 60)
+    assert junior.ledger.log.rounds <= before + 1
+    run.group = {}
+    everyone_goes_on(run)
+    senior.kill()
+    at = junior.ledger.committed
+    run.run_for(60)
+    assert junior.ledger.committed <= at + 1, "the junior alone is no quorum"
+    senior.boot()
+    everyone_goes_on(run)
+
+
+def test_a_slow_machine_is_given_up_at_the_deadline_and_asked_for_fewer_samples() -> None:
+    run = Simulation(0, wait_for=3, deadline_s=2.0)
+    for work_s in (0.2, 0.2, 3.0):
+        run.add(work_s, samples=8)
+    slow = run.machines[2]
+    run.run_until(lambda: slow.core.member is not None and slow.core.member.samples == 2, 300)
+    rounds = records(run.machines[0], Round)
+    assert any(len(r.contributions) == 2 for r in rounds)
+    run.check_models()
+
+
+def test_a_machine_that_stays_away_loses_its_place_and_gets_it_back() -> None:
+    run = together(3)
+    victim = run.machines[1]
+    slot = victim.core.slot
+    victim.kill()
+    run.run_until(lambda: slot not in [r.slot for r in leader(run).ledger.roster.members], 120)
+    victim.boot()
+    everyone_goes_on(run)
+    assert victim.core.slot == slot
+    assert len({r.slot for r in leader(run).ledger.roster.members}) == 3
+
+
+def test_a_machine_that_lost_its_disk_comes_back_as_another() -> None:
+    run = together(3)
+    victim = run.machines[1]
+    slot = victim.core.slot
+    victim.kill(lose_disk=True)
+    victim.boot()
+    everyone_goes_on(run)
+    assert victim.core.slot == 3
+    assert sorted(r.slot for r in leader(run).ledger.roster.members) == sorted({0, 1, 2, 3} - {slot})
+
+
+def test_newcomers_join_while_others_fail_and_the_donor_dies() -> None:
+    run = together(3)
+    newcomer = run.add(contacts=(1,))
+    run.run_until(lambda: len(newcomer.ledger.log) > 0, 20)
+    assert newcomer.core.member is None or len(newcomer.ledger.log) < len(run.machines[0].ledger.log)
+    donor = leader(run)
+    donor.kill()
+    run.tell_lost(donor.address)
+    everyone_goes_on(run)
+    donor.boot()
+    everyone_goes_on(run)
+    assert sorted(r.slot for r in leader(run).ledger.roster.members) == [0, 1, 2, 3]
+
+
+def test_everybody_dies_and_the_run_goes_on() -> None:
+    run = together(3)
+    before = run.rounds
+    for machine in run.machines:
+        machine.kill()
+    run.run_for(5)
+    for machine in run.machines:
+        machine.boot()
+    everyone_goes_on(run)
+    assert run.rounds >= before
+
+
+def test_leaving_takes_effect_and_the_last_one_ends_alone() -> None:
+    run = together(3)
+    order = [leader(run), *[m for m in run.machines if not m.core.leads]]
+    for machine in order:
+        machine.do(lambda machine=machine: machine.core.leave(run.now))
+        run.run_until(lambda machine=machine: machine.core.left, 30)
+    assert [len(machine.ledger.roster.members) for machine in order] == [2, 1, 1]
+    run.check_models()
+    order[2].kill()
+    order[2].boot()
+    order[0].kill()
+    order[0].boot()
+    run.run_until(lambda: run.rounds > 20, 60)
+    assert [r.slot for r in order[2].ledger.roster.members] == sorted([order[0].core.slot, order[2].core.slot])
+
+
+def test_a_flipped_bit_is_found_at_the_snapshot_and_the_weights_are_made_anew() -> None:
+    run = together(3)
+    for victim in (leader(run), next(m for m in run.machines if not m.core.leads)):
+        victim.model.fault = b"a bit"
+        everyone_goes_on(run, 2 * SNAPSHOT_EVERY)
+        assert victim.model.fault == b""
+        assert victim.core.failure is None
+
+
+def test_machines_that_agree_on_nothing_stop() -> None:
+    class Stubborn(Numbers):
+        def rebuild(self) -> None:
+            self.records = []
+
+    run = together(2)
+    run.add()
+    everyone_goes_on(run)
+    for number, machine in enumerate(run.machines):
+        machine.model.__class__ = Stubborn
+        machine.model.fault = bytes([number])
+    run.run_until(lambda: any(m.core.failure for m in run.machines), 100)
+    assert isinstance(next(m.core.failure for m in run.machines if m.core.failure), ModelMismatchError)
+
+
+def test_another_base_model_is_refused_before_it_does_harm() -> None:
+    run = together(2)
+    other = run.add()
+    other.kill()
+    other.boot(fault=b"another base")
+    assert "start from the model that the run started from" in str(other.failure)
+    run.run_for(10)
+    assert len(leader(run).ledger.roster.members) == 2
+
+
+def test_two_founders_do_not_mix() -> None:
+    run = together(2)
+    second = Simulation(5)
+    second.add(samples=1)
+    second.run_until(lambda: second.rounds > 3, 30)
+    stranger, joining = second.machines[0], run.add()
+    joining.kill()
+    joining.disk.log.extend_raw(stranger.ledger.log.raw(0))
+    joining.disk.promise = Promise(term=1, log_term=1, slot=0, vote=0)
+    joining.name = "stranger"
+    run.check = lambda machine: None  # type: ignore[method-assign]  # which would find the two histories itself
+    joining.boot()
+    run.run_until(lambda: joining.core.failure is not None, 60)
+    assert isinstance(joining.core.failure, HistoryError)
+
+
+def test_a_name_in_use_is_refused() -> None:
+    run = together(2)
+    double = run.add()
+    double.name = run.machines[1].name
+    double.boot()
+    run.run_until(lambda: double.core.failure is not None, 30)
+    assert isinstance(double.core.failure, RefusedError)
+    assert "another machine is called 'm1'" in str(double.core.failure)
+
+
+def test_stale_and_foreign_frames_count_for_nothing() -> None:
+    run = together(2)
+    boss = leader(run)
+    member = next(m for m in run.machines if m is not boss)
+    log, epoch = boss.ledger.log, boss.ledger.roster.epoch
+    good = {"secret": b"", "term": boss.core.promise.term, "chain": log.chain(len(log))}
+    bad = [
+        {**good, "secret": b"guess"},
+        {**good, "term": good["term"] + 1},
+        {**good, "chain": log.chain(len(log) - 1)},
+    ]
+    run.group = {member.address: 1}
+    taken = boss.core._leader
+    assert taken is not None
+    for keys in bad:
+        frame = pack_frame(RUN, log.rounds, epoch, member.core.slot, b"abc", **keys)
+        boss.core.receive(member.address, parse_frame(frame, RUN), run.now)
+        assert member.core.slot not in taken._codes
+    for fields in [
+        (log.rounds, epoch + 1, 3),
+        (log.rounds + 1, epoch, 3),
+        (log.rounds - 1, epoch, 3),
+        (log.rounds, epoch, 4),
+    ]:
+        frame = pack_frame(RUN, fields[0], fields[1], member.core.slot, bytes(fields[2]), **good)
+        boss.core.receive(member.address, parse_frame(frame, RUN), run.now)
+        assert member.core.slot not in taken._codes
+    frame = pack_frame(RUN, log.rounds, epoch, member.core.slot, b"abc", **good)
+    boss.core.receive("elsewhere:1", parse_frame(frame, RUN), run.now)
+    assert member.core.slot not in taken._codes
+    boss.core.receive(member.address, parse_frame(frame, RUN), run.now)
+    assert taken._codes.get(member.core.slot) == b"abc" or log.rounds > parse_frame(frame, RUN).round
+
+
+@given(st.integers(1, 9), st.sets(st.integers(0, 8)), st.sets(st.integers(0, 8)))
+def test_two_quorums_share_a_machine(size: int, one: set[int], other: set[int]) -> None:
+    roster = Roster(0, tuple(Member(slot, str(slot), "", 1) for slot in range(size)))
+    if is_quorum(one, roster) and is_quorum(other, roster):
+        assert one & other & set(range(size))
+    assert not is_quorum(one, roster) or not is_quorum(set(range(size)) - one, roster)
+    assert is_quorum(set(range(size)), roster)
+
+
+MESSAGES = [
+    messages.Propose(3, 7, b"12345678", 5, 6, True, False, 2, b"records"),
+    messages.Ack(3, 1, True, 7, b"12345678", 6),
+    messages.VoteRequest(4, 1, True, 3, 7),
+    messages.Vote(4, 1, True, False, "näme"),
+    messages.Join(NO_SLOT, 4, 14, BASE_HASH, "name"),
+    messages.Assign(4),
+    messages.Hint(4, "host:1"),
+    messages.Refuse("no"),
+    messages.Leave(2),
+    messages.Samples(2, 8),
+    messages.HashReport(2, 14, BASE_HASH),
+    messages.Rebuild(14),
+    messages.Resign(3),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_damaged_messages(message: messages.Control, mutations: Callable[[Tensor], Iterator[Tensor]]) -> None:
+    kind, body = message_code.encode(message)
+    assert message_code.decode(kind, body) == message
+    for damaged in mutations(torch.frombuffer(bytearray(kind.to_bytes(2, "little") + body), dtype=torch.uint8)):
+        data = damaged.numpy().tobytes()
+        try:
+            found = message_code.decode(int.from_bytes(data[:2], "little"), data[2:])
+        except MessageError:
+            continue
+        assert message_code.encode(found)[1] == data[2:] or any(byte > 1 for byte in data)
+
+
+def test_damaged_frames_and_greetings(mutations: Callable[[Tensor], Iterator[Tensor]]) -> None:
+    chain = hashlib.sha256(b"chain").digest()
+    frame = pack_frame(RUN, 9, 70000, 3, b"codes", secret=b"secret", term=2, chain=chain)
+    assert len(frame) == FRAME_BYTES + 5 == 29
+    parsed = parse_frame(frame, RUN)
+    assert (parsed.round, parsed.epoch, parsed.slot, parsed.codes) == (9, 70000 & 0xFFFF, 3, b"codes")
+    assert parsed.is_from(b"secret", 2, chain)
+    for damaged in mutations(torch.frombuffer(bytearray(frame), dtype=torch.uint8)):
+        data = damaged.numpy().tobytes()
+        try:
+            assert data == frame or not parse_frame(data, RUN).is_from(b"secret", 2, chain)
+        except MessageError:
+            continue
+    greeting = Greeting(TO_TAKE_PART, RUN, bytes(range(16)), "10.0.0.1:7000")
+    packed = handshake.pack_greeting(greeting, b"secret")
+    assert handshake.parse_greeting(packed, b"secret") == greeting
+    for damaged in mutations(torch.frombuffer(bytearray(packed), dtype=torch.uint8)):
+        data = damaged.numpy().tobytes()
+        if data != packed:
+            with pytest.raises(MessageError):
+                handshake.parse_greeting(data, b"secret")
+
+
+def test_a_damaged_promise_is_not_believed(tmp_path, mutations: Callable[[Tensor], Iterator[Tensor]]) -> None:
+    path = tmp_path / "run.log.vote"
+    store = PromiseFile(path, RUN, sync=True)
+    assert store.load() == Promise()
+    store.save(Promise(7, 2, 6, 4))
+    assert PromiseFile(path, RUN, sync=False).load() == Promise(7, 2, 6, 4)
+    with pytest.raises(ValueError, match="another run"):
+        PromiseFile(path, bytes(8), sync=False).load()
+    intact = path.read_bytes()
+    for damaged in mutations(torch.frombuffer(bytearray(intact), dtype=torch.uint8)):
+        path.write_bytes(damaged.numpy().tobytes())
+        if path.read_bytes() != intact:
+            with pytest.raises(ValueError, match="is damaged"):
+                store.load()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"heartbeat_s": 2.0}, "suspicion_s at least twice heartbeat_s"),
+        ({"deadline_s": 1.0}, "deadline_s at least suspicion_s"),
+        ({"give_up_s": 30.0}, "no time to replace a leader"),
+        ({"listen": "0.0.0.0:7000"}, "also give advertise"),
+        ({"listen": "here"}, "write host:port"),
+        ({"contacts": ("::1:70",)}, "in brackets"),
+        ({"contacts": ("a:99999",)}, "write host:port"),
+        ({"heart_beat_s": 1.0}, "Extra inputs"),
+    ],
+)
+def test_settings_that_cannot_work(settings: dict, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        MembershipSettings(**settings)
+
+
+def test_addresses() -> None:
+    for address in ("10.0.0.1:7000", "[::1]:7000", "host.name:1"):
+        assert join_address(*split_address(address)) == address
