@@ -20,6 +20,10 @@ from thinwire.dist.run_folder import CHECKPOINTS
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+class BaseModelError(ValueError):
+    """There is no model where one was to be, or not the run's."""
+
+
 @dataclass(frozen=True)
 class BaseModel:
     """tensors: all of the file, by its names. names: where in it the trained tensors are, by canonical name."""
@@ -57,7 +61,7 @@ def open_base(path: Path, entries: Sequence[TensorEntry]) -> BaseModel:
             them, then the newest) or the run folder around it.
         entries: the manifest's tensors.
     Raises:
-        ValueError: nothing of the kind is there, it is damaged, or it lacks a tensor.
+        BaseModelError: nothing of the kind is there, it is damaged, or it lacks a tensor.
     """
     tensors = read_weights(path)
     return BaseModel(tensors, _names(tensors, entries, path), tuple(entries))
@@ -67,10 +71,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a model by name, on the CPU. See open_base."""
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path} is not a .safetensors file; no pickle is read: convert it with safetensors")
+            raise BaseModelError(f"{path} is not a .safetensors file; no pickle is read: convert it with safetensors")
         return _load(path)
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist")
+        raise BaseModelError(f"{path} does not exist")
     for folder in (path, path / CHECKPOINTS):
         if checkpoint_generation.generations(folder):
             return _read_checkpoint(folder)
@@ -78,7 +82,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return _read_shards(path)
     if (path / _SINGLE).is_file():
         return _load(path / _SINGLE)
-    raise ValueError(
+    raise BaseModelError(
         f"{path} holds no model: neither {_SINGLE} nor {_INDEX}, nor a checkpoint (step-..., or {CHECKPOINTS}/step-...)"
     )
 
@@ -87,7 +91,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise BaseModelError(f"{path} cannot be read: {error}") from None
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
@@ -95,14 +99,14 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         places: dict[str, str] = json.loads((folder / _INDEX).read_text())["weight_map"]
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise ValueError(f"{folder / _INDEX} is no index of weights: {error!r}") from None
+        raise BaseModelError(f"{folder / _INDEX} is no index of weights: {error!r}") from None
     if odd := [file for file in files if Path(file).name != file]:
-        raise ValueError(f"{folder / _INDEX} names {odd[0]!r}, which is not a file beside it")
+        raise BaseModelError(f"{folder / _INDEX} names {odd[0]!r}, which is not a file beside it")
     tensors: dict[str, Tensor] = {}
     for file in files:
         tensors |= _load(folder / file)
     if missing := sorted(set(places) - set(tensors)):
-        raise ValueError(f"{folder}: its files lack {missing[0]}, which {_INDEX} says they hold")
+        raise BaseModelError(f"{folder}: its files lack {missing[0]}, which {_INDEX} says they hold")
     return tensors
 
 
@@ -111,11 +115,11 @@ def _read_checkpoint(folder: Path) -> dict[str, Tensor]:
     try:
         loaded = checkpoints.load_latest(world_size_changed="all_ranks")
     except CheckpointError as error:
-        raise ValueError(str(error)) from None
+        raise BaseModelError(str(error)) from None
     assert loaded is not None  # read-only, no checkpoint is an error
     model = loaded.shared.get("model")
     if not isinstance(model, dict) or not all(isinstance(tensor, Tensor) for tensor in model.values()):
-        raise ValueError(f"{loaded.path} holds no model")
+        raise BaseModelError(f"{loaded.path} holds no model")
     return model
 
 
@@ -131,7 +135,7 @@ def _names(tensors: Mapping[str, Tensor], entries: Sequence[TensorEntry], path: 
                 return names
             if len(missing) < len(fewest):
                 fewest = missing
-    raise ValueError(
+    raise BaseModelError(
         f"{path} lacks {fewest[0]}"
         + (f" and {len(fewest) - 1} more" if len(fewest) > 1 else "")
         + f" of the {len(wanted)} tensors that the run trains"

@@ -1,4 +1,4 @@
-"""`thinwire onebyte replay`, `verify` and `inspect`."""
+"""`thinwire onebyte replay`, `verify` and `inspect`. Only what works on weights imports torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def replay(path: Path, base: Path, out: Path, *, until: int | None, step_by_step
         from thinwire.dist.checkpoint_export import export_safetensors
 
         if out.suffix != ".safetensors":
-            raise ValueError(f"--out {out}: give a name that ends with .safetensors")
+            return _complain(f"--out {out}: give a name that ends with .safetensors", USER_ERROR)
         with Log.open(path, read_only=True) as log:
             model = _open_base(log, base)
             began = time.monotonic()
@@ -36,7 +36,7 @@ def replay(path: Path, base: Path, out: Path, *, until: int | None, step_by_step
                 found = run(log, model.trained(), until=until, step_by_step=step_by_step, progress=progress)
             took_s = time.monotonic() - began
         tensors, ties = model.replaced(found.tensors)
-        facts = {"onebyte.rounds": str(found.rounds), "onebyte.model_sha256": found.model_hash.hex()}
+        facts = {"onebyte": f"rounds {found.rounds}, model {found.model_hash.hex()}"}  # one entry: their order varies
         export_safetensors(tensors, out, facts)
         for other, name in sorted(ties.items()):
             print(f"{other} was equal to {name} in the base, and follows it as a tied weight")
@@ -80,9 +80,9 @@ def inspect(path: Path, as_json: bool) -> int:
             try:
                 manifest = Manifest.from_bytes(log.manifest)
             except ValueError as error:
-                raise ValueError(f"{path}: this thinwire cannot read its manifest: {error}") from None
+                return _complain(f"{path}: this thinwire cannot read its manifest: {error}", USER_ERROR)
             summary = summarize(log, manifest)
-        (print_json if as_json else print_summary)(summary)
+        (print_json if as_json else print_summary)(summary, sys.stdout)
         return 0
 
     return _run(work)
@@ -129,13 +129,15 @@ def _run(work: Callable[[], int]) -> int:
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else error, USER_ERROR)
     except (ValueError, ArithmeticError) as error:
-        from thinwire.comm.onebyte.coefficients import WeightRangeError
-        from thinwire.comm.onebyte.replay import WrongWeightsError
+        from thinwire.comm.onebyte.errors import WeightRangeError
+        from thinwire.comm.onebyte.replay import ReplayError, WrongWeightsError
+        from thinwire.dist.base_model import BaseModelError
 
-        if isinstance(error, ArithmeticError) and not isinstance(error, WeightRangeError):
-            raise
-        wrong = isinstance(error, WrongWeightsError | WeightRangeError)
-        return _complain(error, FAILURE if wrong else USER_ERROR)
+        if isinstance(error, WrongWeightsError | WeightRangeError):
+            return _complain(error, FAILURE)
+        if isinstance(error, ReplayError | BaseModelError):
+            return _complain(error, USER_ERROR)
+        raise
     except KeyboardInterrupt:
         return _complain("interrupted", INTERRUPTED)
 

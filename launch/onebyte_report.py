@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TextIO
@@ -17,12 +16,12 @@ from thinwire.comm.onebyte.summary import Stay, Summary
 _BAR_WIDTH = 40
 
 
-def print_json(summary: Summary, out: TextIO = sys.stdout) -> None:
+def print_json(summary: Summary, out: TextIO) -> None:
     """Everything, as one JSON object."""
     print(json.dumps(asdict(summary), indent=2), file=out)
 
 
-def print_summary(summary: Summary, out: TextIO = sys.stdout) -> None:
+def print_summary(summary: Summary, out: TextIO) -> None:
     """What, who, and how large."""
     rows = list(_facts(summary))
     if out.isatty():
