@@ -43,19 +43,25 @@ class Cell:
         self.image = parameter.data.view(-1)  # .data: what is done here does not count as a change from outside
         self.is_own_image = parameter.dtype == torch.float32
         self.weights = self.image if self.is_own_image else self.image.float()
-        # Powers of two: only the rounding rounds. Adding 0 makes +0 of -0, which the grid has not.
-        self.weights.mul_(self._scale).round_().div_(self._scale).add_(0.0)
         self.amplitude = 1 << (entry.exponent + entry.eps_log2)
         self.shown: tuple[tuple[int, int], int] | None = None
         self.mask: Tensor | None = None
-        self.peak = self._measured_peak()
-        self.show()
+        self.peak = 0
         self._version = parameter._version
+        self.put(parameter.data)
 
     @property
     def limit(self) -> float:
         """Weights must stay below."""
         return math.ldexp(1.0, RANGE_BITS - self.entry.exponent)
+
+    def put(self, values: Tensor) -> None:
+        """Take values from outside, in the parameter's dtype, to the grid."""
+        self.weights.copy_(values.reshape(-1))
+        # Powers of two: only the rounding rounds. Adding 0 makes +0 of -0, which the grid has not.
+        self.weights.mul_(self._scale).round_().div_(self._scale).add_(0.0)
+        self.peak = self._measured_peak()
+        self.show()
 
     def show(self) -> None:
         """Make the image that of the weights themselves."""

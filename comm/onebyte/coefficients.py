@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.onebyte.byte_code import ByteCode
+from thinwire.comm.onebyte.errors import WeightRangeError
 from thinwire.comm.onebyte.manifest import Manifest, Numerics
 from thinwire.comm.onebyte.robust import combine
 from thinwire.comm.onebyte.rounds import Round
@@ -25,10 +26,6 @@ from thinwire.comm.onebyte.step_size import Pace, next_pace, scale_of
 from thinwire.comm.onebyte.stream import LARGEST_ELEMENT, VARIANCE, place, rounding_words
 
 _MOST_UNITS = 1 << 30
-
-
-class WeightRangeError(ArithmeticError):
-    """A step would move weights beyond what their grid can hold: training has diverged, or the grid is too fine."""
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.onebyte.cell import RANGE_BITS, Cell
-from thinwire.comm.onebyte.coefficients import WeightRangeError
 from thinwire.comm.onebyte.directions import Directions, FullDirections, Target
+from thinwire.comm.onebyte.errors import TornWeightsError, WeightRangeError
 from thinwire.comm.onebyte.manifest import Manifest, TensorEntry
 from thinwire.comm.onebyte.stream import LARGEST_ELEMENT
 from thinwire.comm.onebyte.subspace import SubspaceDirections
@@ -37,10 +37,6 @@ def grid_exponent(weights: Tensor, reach: float = 0.0) -> int:
     largest = max(largest, reach)
     octaves = math.frexp(largest)[1] if largest else 0
     return min(_FINEST, RANGE_BITS - HEADROOM_BITS - octaves)
-
-
-class TornWeightsError(RuntimeError):
-    """An exception, such as Ctrl-C, has left some tensors changed and others not."""
 
 
 class Lattice:
@@ -143,6 +139,14 @@ class Lattice:
             whole.update(f"{cell.entry.name} {cell.entry.exponent};".encode())
             whole.update(cell.weights.cpu().numpy().data)
         return whole.digest()
+
+    def rebuild(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin again at these weights, by name: the base weights."""
+        for cell in self._cells:
+            cell.put(weights[cell.entry.name])
+        self._torn = False
+        if self._numerics.kept < 1:
+            self.choose_kept()
 
     def check_untouched(self) -> None:
         """Raise a ValueError that names a parameter which somebody else has moved off its grid, or to other memory."""

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from thinwire.comm.onebyte.byte_code import ByteCode
-from thinwire.comm.onebyte.coefficients import Progress, Slopes, WeightRangeError, coefficients
+from thinwire.comm.onebyte.coefficients import Progress, Slopes, coefficients
+from thinwire.comm.onebyte.errors import ModelMismatchError, WeightRangeError
+from thinwire.comm.onebyte.exchange import Change
 from thinwire.comm.onebyte.lattice import Lattice
 from thinwire.comm.onebyte.manifest import Manifest
 from thinwire.comm.onebyte.rounds import Round
 from thinwire.comm.onebyte.step_size import Pace
 from thinwire.comm.onebyte.stream import key_of
+
+Base: TypeAlias = Callable[[], Mapping[str, Tensor]]
 
 _UNDOABLE = 4
 _CONTRIBUTIONS_OF_A_PASS = 2048  # beside so many, reading and writing the weights takes no time
@@ -30,16 +34,23 @@ class Replica:
     Args:
         manifest: of the run.
         parameters: the trained tensors, in the manifest's order, with the base weights.
-    Attributes: rounds, how many are carried out.
+        base: gives the base weights again, by name; None: rebuild() cannot.
+    Attributes:
+        rounds: how many are carried out.
+        newest: the last round carried out, if it is known.
+        base_hash: model_hash() before the first round.
     """
 
-    def __init__(self, manifest: Manifest, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, manifest: Manifest, parameters: Sequence[Tensor], base: Base | None = None) -> None:
         self.manifest = manifest
+        self._base = base
         self._key = key_of(manifest.to_bytes())
         self._code = ByteCode(manifest.numerics.floor_log2)
         self.lattice = Lattice(manifest, parameters, self._key)
         self._progress = Progress()
         self._before: deque[Progress] = deque(maxlen=_UNDOABLE)
+        self.newest: Round | None = None
+        self.base_hash = self.model_hash()
 
     @property
     def rounds(self) -> int:
@@ -52,6 +63,40 @@ class Replica:
     def restore(self) -> None:
         """Let the parameters show w."""
         self.lattice.restore()
+
+    def carry_out(self, changes: Sequence[Change]) -> None:
+        """Apply rounds, those that follow one another together, and take back what others have not committed."""
+        waiting: list[Round] = []
+        for record, undone in changes:
+            if isinstance(record, Round) and not undone:
+                waiting.append(record)
+            elif isinstance(record, Round):
+                self.apply(waiting)
+                waiting = []
+                self.undo(record)
+        self.apply(waiting)
+        self.restore()
+
+    def rebuild(self) -> None:
+        """Go back to the base weights: no round is carried out then.
+
+        Raises:
+            ModelMismatchError: they cannot be had again, or have changed.
+        """
+        if self._base is None:
+            raise ModelMismatchError(
+                f"after {self.rounds} rounds the weights are not those of the run, and there are no base weights to "
+                "make them anew; start this process again, with its base model and its log, or give base="
+            )
+        self.lattice.rebuild(self._base())
+        self._progress = Progress()
+        self._before.clear()
+        self.newest = None
+        if self.model_hash() != self.base_hash:
+            raise ModelMismatchError(
+                f"base: it gives weights with the SHA-256 {self.model_hash().hex()[:16]}..., the run began at "
+                f"{self.base_hash.hex()[:16]}..."
+            )
 
     def apply(self, rounds: Sequence[Round]) -> None:
         """Carry out rounds, the next ones in order, in as few passes over the weights as their snapshots allow.
@@ -76,6 +121,7 @@ class Replica:
         slopes.take(round_, self._before[-1], self.manifest.numerics, self._code)
         self.lattice.add(-coefficients(slopes, self.manifest, self._key), slopes.places)
         self._progress = self._before.pop()
+        self.newest = None
 
     def is_snapshot(self, number: int) -> bool:
         """Whether a snapshot follows round `number`."""
@@ -129,6 +175,7 @@ class Replica:
         self.lattice.add(coefficients(slopes, self.manifest, self._key), slopes.places)
         self._progress = after
         self._before.extend(before)
+        self.newest = segment[-1]
         if settles:
             self._settle()
 
