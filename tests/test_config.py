@@ -23,6 +23,8 @@ def test_every_ready_made_file_loads_and_has_the_parameters_it_says(path: Path) 
     assert config.name == path.stem
     for world_size in (1, 2, 4, 8):
         config.train.share(world_size)
+    if config.model.kind == "hf":
+        return  # its size is that of the folder
     model = build_model(config.model, tokenizer_vocab=256, seed=0, device=torch.device("meta"))
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     named = [MILLIONS[path.stem]] if path.stem in MILLIONS else MILLIONS.values()  # a method is shown with one of these
@@ -127,14 +129,15 @@ def test_a_missing_file_is_explained(tmp_path: Path, capfd: pytest.CaptureFixtur
 def test_what_config_show_prints_loads_back_to_the_same(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ["optimizer.lr=1e-5", "mesh.levels=[{name: pair, size: 2}]"]
+    owner = "method" if path.stem.startswith("onebyte") else "optimizer"
+    overrides = [f"{owner}.lr=1e-5", "mesh.levels=[{name: pair, size: 2}]"]
     assert show(path, overrides) == 0
     shown = tmp_path / "shown.yaml"
     shown.write_text(capsys.readouterr().out)
     config = load_config(path, overrides)
     assert load_config(shown) == config
     assert dump_config(load_config(shown)) == dump_config(config)
-    assert config.optimizer.lr == 1e-5
+    assert getattr(config, owner).lr == 1e-5
 
 
 def test_config_show_explains_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -105,7 +106,8 @@ class OneByteSPSA(torch.optim.Optimizer):
             self._fixed = FixedExchange(queue, manifest, self.settings.samples, self.replica.rounds)
             self.exchange = self._fixed
             if self.log is not None and not _has_roster(self.log, self._fixed):
-                self.log.append(self._fixed.roster)
+                epoch = self.log.roster.epoch + 1 if self.log.roster else 0  # other ranks than before go on
+                self.log.append(dataclasses.replace(self._fixed.roster, epoch=epoch))
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -265,8 +267,7 @@ def _open_log(path: Path, manifest: bytes) -> Log:
 
 
 def _has_roster(log: Log, exchange: FixedExchange) -> bool:
-    rosters = [record for record in log if not isinstance(record, Round | Snapshot)]
-    return bool(rosters) and rosters[-1].members == exchange.roster.members
+    return log.roster is not None and log.roster.members == exchange.roster.members
 
 
 def _checked(loss: Tensor | float) -> float:
