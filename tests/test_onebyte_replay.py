@@ -9,8 +9,10 @@ import onebyte_logs
 import pytest
 import torch
 from onebyte_logs import base_weights, manifest_for, write_run
+from torch import Tensor
 
 from thinwire.comm.onebyte import replay as replay_module
+from thinwire.comm.onebyte.lattice import Lattice
 from thinwire.comm.onebyte.log import Log
 from thinwire.comm.onebyte.replay import ReplayError, WrongWeightsError, manifest_of, replay, verify
 from thinwire.comm.onebyte.replica import Replica
@@ -75,19 +77,23 @@ def test_replay_stops_where_it_is_told(tmp_path: Path, run: str) -> None:
 def test_plain_rounds_take_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Snapshots at which nothing happens to the weights do not divide a replay, but for the last, which proves it."""
     passes: list[int] = []
-    apply = Replica.apply
+    add = Lattice.add
 
-    def counted(self: Replica, rounds: list[Round]) -> None:
-        passes.append(len(rounds))
-        apply(self, rounds)
+    def counted(self: Lattice, coefficients: Tensor, places: Tensor) -> None:
+        passes.append(len(places))
+        add(self, coefficients, places)
 
     base = base_weights()
     write_run(tmp_path / "run.log", base, ROUNDS, snapshot_every=5)
-    monkeypatch.setattr(Replica, "apply", counted)
+    monkeypatch.setattr(Lattice, "add", counted)
     with Log.open(tmp_path / "run.log", read_only=True) as log:
+        rounds = [record for record in log if isinstance(record, Round)]
         told: list[int] = []
         replay(log, base, until=23, progress=told.append)
-        assert passes == [20, 3]
+        counts = [
+            sum(c.codes.count(bytes([k])) for c in r.contributions for k in range(256) if k != 0x80) for r in rounds
+        ]
+        assert [count for count in passes if count] == [sum(counts[:20]), sum(counts[20:23])]
         assert told == [20, 20, 23]
 
 

@@ -14,9 +14,7 @@ from thinwire.comm.onebyte.manifest import Manifest
 from thinwire.comm.onebyte.replica import Replica
 from thinwire.comm.onebyte.rounds import Round, Snapshot
 
-_MOST_CONTRIBUTIONS = (
-    1 << 16
-)  # of a pass: bounds the memory for their coefficients; a pass more costs little beside them
+_MOST_CONTRIBUTIONS = 1 << 16  # handed to the replica at once: bounds the memory, and how seldom progress is told
 
 Progress = Callable[[int], None]
 """Told the number of rounds that are carried out."""
@@ -54,8 +52,8 @@ def replay(
 ) -> Replayed:
     """Carry out a log's rounds on the base weights; compare the hash at the last snapshot.
 
-    As whole numbers are added, all rounds up to where weights decay, or others begin to move, take one pass over the
-    weights, and give the same bits as one pass for each.
+    As whole numbers are added, many rounds take one pass over the weights (up to where these decay, or others begin to
+    move) and give the same bits as one pass for each.
 
     Args:
         base: the weights at which the run began, by canonical name; others are ignored. They stay as they are.
