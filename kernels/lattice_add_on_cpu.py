@@ -23,7 +23,7 @@ from thinwire.kernels.philox import MULTIPLIERS, ROUNDS, WEYL, Distribution
 
 carray: Any = None  # numba's, as soon as there is something to compile
 
-TILE = 2048  # elements: their sums and their weights stay in the first level of the cache
+TILE = 4096  # elements: their sums and their weights stay in the first level of the cache
 SEEDS = 4  # directions that are added to a sum while it is in a register
 _PART = 1 << 17  # elements times (directions + 4) that are worth a thread
 _FP16_TILE = 1 << 15  # PyTorch rounds so many on the calling thread
@@ -59,6 +59,22 @@ def _words(words: NDArray[uint32], count: int, block: int, counter: NDArray[uint
 
 
 @_loop
+def _set_signs(sums: NDArray[int32], words: NDArray[uint32], unset: int32, twice: int32, blocks: int) -> None:
+    """Make each sum `unset`, plus `twice` if its bit in the words is set."""
+    is_set, one = int32(unset + twice), uint32(1)
+    for b in range(blocks):
+        w0, w1, w2, w3 = words[0, b], words[1, b], words[2, b], words[3, b]
+        start = 128 * b
+        # LLVM makes a word of bits a mask of lanes; so short a loop only if it is about four words.
+        for j in range(32):
+            bit = one << uint32(j)
+            sums[start + j] = is_set if w0 & bit else unset
+            sums[start + 32 + j] = is_set if w1 & bit else unset
+            sums[start + 64 + j] = is_set if w2 & bit else unset
+            sums[start + 96 + j] = is_set if w3 & bit else unset
+
+
+@_loop
 def _add_signs(sums: NDArray[int32], words: NDArray[uint32], twice: NDArray[int32], blocks: int) -> None:
     """Add twice[s] to each sum whose bit in words[s] is set, for four s at once; sums wrap around."""
     q0, q1, q2, q3 = twice[0], twice[1], twice[2], twice[3]
@@ -67,8 +83,7 @@ def _add_signs(sums: NDArray[int32], words: NDArray[uint32], twice: NDArray[int3
         for r in range(4):
             w0, w1, w2, w3 = words[0, r, b], words[1, r, b], words[2, r, b], words[3, r, b]
             start = 128 * b + 32 * r
-            # LLVM makes a word of bits a mask of lanes, so this is one masked addition per direction and vector.
-            for j in range(32):
+            for j in range(32):  # one masked addition per direction and vector
                 bit = one << uint32(j)
                 total = sums[start + j]
                 total += q0 if w0 & bit else zero
@@ -133,6 +148,7 @@ def _round(out: NDArray[uint16], bits: NDArray[uint32]) -> None:
 def _sum_of_signs(
     sums: NDArray[int32],
     words: NDArray[uint32],
+    base: int32,
     twice: NDArray[int32],
     counters: NDArray[uint32],
     k0: uint32,
@@ -140,10 +156,17 @@ def _sum_of_signs(
     block: int,
     blocks: int,
 ) -> None:
-    for start in range(0, twice.size, SEEDS):
-        for s in range(SEEDS):
-            if start + s < len(counters):  # beyond, twice is 0
-                _words(words[s], blocks, block, counters[start + s], k0, k1)
+    directions = len(counters)
+    alone = directions % SEEDS == 1  # what perturbs has one direction, and nothing to add it to
+    if alone:
+        _words(words[0], blocks, block, counters[0], k0, k1)
+        _set_signs(sums, words[0], base, twice[0], blocks)
+    else:
+        for i in range(128 * blocks):
+            sums[i] = base
+    for start in range(alone, directions, SEEDS):
+        for s in range(min(SEEDS, directions - start)):  # beyond, twice is 0 whatever the words are
+            _words(words[s], blocks, block, counters[start + s], k0, k1)
         _add_signs(sums, words, twice[start:], blocks)
 
 
@@ -158,6 +181,8 @@ def _sum_of_ones(
     block: int,
     blocks: int,
 ) -> None:
+    for i in range(4 * blocks):
+        sums[i] = 0
     for s in range(len(counters)):
         _words(words, blocks, block, counters[s], k0, k1)
         _add_ones(sums, words, coefficients[s], blocks)
@@ -186,7 +211,7 @@ def _run(
     weights = carray(weights_at, d, float32)
     out, out16 = carray(out_at, d, float32), carray(out_at, d, uint16)
     mask = carray(mask_at, (first + d + 7) >> 3, uint8)
-    factors = carray(factors_at, (directions + SEEDS - 1) // SEEDS * SEEDS, int32)
+    factors = carray(factors_at, directions + SEEDS - 1, int32)
     counters = carray(counters_at, (directions, 3), uint32)
     scratch = carray(scratch_at, (3, TILE), uint32)
     sums, real = scratch[0].view(int32), scratch[1].view(float32)
@@ -198,12 +223,10 @@ def _run(
         start = (first + done) & ~127  # the first tile starts where the block of its first element does
         before = first + done - start
         n = min(TILE - before, d - done)
-        for i in range(TILE):
-            sums[i] = base
         if gaussian:
             _sum_of_ones(sums, words, factors, counters, k0, k1, start >> 2, (before + n + 3) >> 2)
         else:
-            _sum_of_signs(sums, words_of_signs, factors, counters, k0, k1, start >> 7, (before + n + 127) >> 7)
+            _sum_of_signs(sums, words_of_signs, base, factors, counters, k0, k1, start >> 7, (before + n + 127) >> 7)
         if masked:
             _keep(sums, mask[start >> 3 :], before + n)
         these = sums[before : before + n]
@@ -259,7 +282,7 @@ def add_on_cpu(
     run, d, directions = _compiled(), len(weights), len(coefficients)
     counters = np.empty((directions, 3), uint32)
     counters[:, 0], counters[:, 1:] = tensor, places.numpy()
-    factors = np.zeros(-(-directions // SEEDS) * SEEDS, int32)
+    factors = np.zeros(directions + SEEDS - 1, int32)
     factors[:directions] = coefficients.numpy()
     base, gaussian = 0, distribution == "gaussian"
     if not gaussian:
