@@ -14,6 +14,20 @@ from torch import Tensor
 
 torch.set_num_threads(1)  # ranks are threads here: more would only wait for each other on two cores
 
+# Tests of these start many processes, or look for what others might leave behind.
+WHOLE_MACHINE = {
+    "test_demo",
+    "test_doctor",
+    "test_faults",
+    "test_lab",
+    "test_lab_links",
+    "test_launchers",
+    "test_onebyte_faults",
+    "test_own_trainer",
+    "test_packaging",
+    "test_train_cli",
+}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -23,6 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="damaged copies of each payload that decoders get to see",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With pytest-xdist: files whole to a worker, and those that start processes and labs one after another, first."""
+    for item in items:
+        alone = item.path.stem in WHOLE_MACHINE
+        item.add_marker(pytest.mark.xdist_group("whole-machine" if alone else item.path.stem))
+    items.sort(key=lambda item: item.path.stem not in WHOLE_MACHINE)
 
 
 @pytest.fixture
