@@ -15,12 +15,12 @@ from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.local_sgd.door import LocalSGDSettings
 from thinwire.comm.local_sgd.door import enter as enter_local_sgd
 from thinwire.comm.method import Method
-from thinwire.comm.onebyte.settings import OneByteSettings
 from thinwire.dist.mesh import Mesh
+from thinwire.dist.onebyte_run import OneByteRunSettings
 from thinwire.dist.world import World
 
 MethodSettings: TypeAlias = Annotated[
-    AllReduceSettings | CompressSettings | LocalSGDSettings | OneByteSettings, Field(discriminator="kind")
+    AllReduceSettings | CompressSettings | LocalSGDSettings | OneByteRunSettings, Field(discriminator="kind")
 ]
 
 # Settings that mean nothing to a run by OneByteSPSA, and why.
@@ -35,7 +35,7 @@ _UNUSED_BY_ONEBYTE = {
 
 def unused_by(settings: MethodSettings) -> Mapping[str, str]:
     """The settings, by path, that a run by this method has no use for, each with the reason."""
-    return _UNUSED_BY_ONEBYTE if isinstance(settings, OneByteSettings) else {}
+    return _UNUSED_BY_ONEBYTE if isinstance(settings, OneByteRunSettings) else {}
 
 
 def attach(
@@ -65,7 +65,7 @@ def attach(
             )
         case LocalSGDSettings():
             return enter_local_sgd(model, optimizer, settings, queue=world.queue)
-        case OneByteSettings():
+        case OneByteRunSettings():
             raise ValueError(
                 "method: onebyte is an optimizer that needs no backward pass; zeroth_order.py trains by it"
             )

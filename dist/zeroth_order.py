@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from thinwire.comm.onebyte.exchange import Turn
 from thinwire.comm.onebyte.optimizer import OneByteSPSA
-from thinwire.comm.onebyte.settings import OneByteSettings
 from thinwire.dist.checkpoint import Checkpointer
 from thinwire.dist.checkpoint_export import export_safetensors
 from thinwire.dist.config_errors import ConfigError
-from thinwire.dist.data import Batch, shard
+from thinwire.dist.data import Batch
 from thinwire.dist.metrics import Record, Sink, StepTraffic
 from thinwire.dist.onebyte_log import bring_together, log_path
+from thinwire.dist.onebyte_run import OneByteRunSettings, TimedExchange, joining, samples_of
 from thinwire.dist.optimizers import learning_rate
 from thinwire.dist.step_reports import NonFiniteError, StepReports
 from thinwire.dist.stop import StopRequest
@@ -51,7 +51,7 @@ class ZerothOrderTrainer:
     a run continues bit for bit without any file of weights but its base.
 
     Args:
-        config: the run; its method is OneByteSettings.
+        config: the run; its method is OneByteRunSettings.
         world: this rank's place in the job.
         stop: asks for an orderly end.
     Raises:
@@ -61,11 +61,12 @@ class ZerothOrderTrainer:
     """
 
     def __init__(self, config: RunConfig, world: World, stop: StopRequest | None = None) -> None:
-        assert isinstance(config.method, OneByteSettings)
+        assert isinstance(config.method, OneByteRunSettings)
         self.config = config
         self.settings = config.method
         self.world = world
         self.stop = stop or StopRequest()
+        self._join = joining(self.settings, world)
         self.micro_batch, self.micro_batches = config.train.share(world.size)
         self.task = build_task(config, world.device)
         started_from = _load_start(self.task.model, config, world)
@@ -74,14 +75,16 @@ class ZerothOrderTrainer:
         self.learning = sum(p.numel() for p in self.task.network.parameters() if p.requires_grad)
         path = log_path(config.folder, world.rank)
         _refuse_old_log(path, config)
-        bring_together(path, world)
+        if self._join is None:
+            bring_together(path, world)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.method = OneByteSPSA(
             self.task.network.named_parameters(),
             model=self.task.model,
             log=path,
-            queue=world.queue,
-            **self.settings.model_dump(exclude={"kind"}),
+            queue=None if self._join else world.queue,
+            join=self._join,
+            **self.settings.of_optimizer(),
         )
         finished = self.method.replica.rounds
         resumed = f"continues {path} after {finished} rounds" if finished else started_from
@@ -92,6 +95,7 @@ class ZerothOrderTrainer:
         self._sinks: Sequence[Sink] = ()
         self._unpublished: Record | None = None
         self._last: Record | None = None
+        self._elastic_before: dict[str, float] = {}
         self._batches: tuple[Turn, list[Batch]] | None = None
 
     def describe(self) -> str:
@@ -99,6 +103,8 @@ class ZerothOrderTrainer:
         train, settings = self.config.train, self.settings
         predicted = self.method.predicted_bytes()
         sends = ", ".join(f"{count:,} bytes over {level}" for level, count in predicted.items()) or "nothing"
+        if self._join is not None:
+            sends = f"{settings.samples:,} bytes with a header of 24, and listens at {self._address()}"
         evaluations = settings.samples * 2 if settings.estimate == "two_sided" else settings.samples + 1
         tokens = round(train.global_batch * self.task.data.tokens_per_sample)
         return "\n".join(
@@ -146,8 +152,8 @@ class ZerothOrderTrainer:
 
     def _train_step(self) -> Record:
         """One round; returns its record, but for what only all ranks together know."""
-        train, queue, data = self.config.train, self.world.queue, self.task.data
-        began, exposed_before = time.monotonic(), queue.exposed_s
+        train, data = self.config.train, self.task.data
+        began, exposed_before = time.monotonic(), self._exposed_s()
         lr = learning_rate(self.settings.lr, self.config.schedule, self.state.step, train.steps)
         for group in self.method.param_groups:
             group["lr"] = lr
@@ -156,8 +162,16 @@ class ZerothOrderTrainer:
         metrics = self.method.metrics()
         self._publish()  # the step before: its reports came in while this one computed
         step_s = time.monotonic() - began
-        exposed_s = queue.exposed_s - exposed_before
+        exposed_s = self._exposed_s() - exposed_before
+        machines = self.world.size
         traffic = self._traffic.since_last()
+        if isinstance(self.method.exchange, TimedExchange):
+            among = self.method.exchange.inner.metrics()
+            machines = round(among["members"])
+            for key in ("sent_bytes", "received_bytes"):
+                traffic[key] = round(among[key] - self._elastic_before.get(key, 0.0))
+            metrics |= {key: value for key, value in among.items() if key not in traffic}
+            self._elastic_before = among
         self._reports.send(losses.mean, bool(self.stop.reason))
         if metrics["contributions"] and metrics["absent"] == metrics["contributions"]:
             # Every rank has the same round, so all are here.
@@ -167,7 +181,7 @@ class ZerothOrderTrainer:
                 "no loss of the round is finite",
                 _ADVICE,
             )
-        plain_bytes = 2 * 4 * self.learning * (self.world.size - 1) / self.world.size
+        plain_bytes = 2 * 4 * self.learning * (machines - 1) / machines
         return {
             "lr": lr,
             "tokens_per_s": train.global_batch * data.tokens_per_sample / step_s,
@@ -178,6 +192,15 @@ class ZerothOrderTrainer:
             "compression_ratio": plain_bytes / traffic["sent_bytes"] if traffic["sent_bytes"] else 1.0,
             "method": metrics,
         }
+
+    def _address(self) -> str:
+        exchange = self.method.exchange
+        return exchange.inner.address if isinstance(exchange, TimedExchange) else ""
+
+    def _exposed_s(self) -> float:
+        """Seconds that computing has waited for the others."""
+        exchange = self.method.exchange
+        return exchange.waited_s if isinstance(exchange, TimedExchange) else self.world.queue.exposed_s
 
     def _loss(self) -> Tensor:
         """Mean loss, fp32, of this rank's batch of the round that the optimizer measures."""
@@ -193,7 +216,7 @@ class ZerothOrderTrainer:
     def _batches_of(self, turn: Turn) -> list[Batch]:
         """The micro batches of a turn, made once for all its evaluations."""
         if self._batches is None or self._batches[0] != turn:
-            samples = shard(turn.round, self.config.train.global_batch, turn.slot, self.world.size)
+            samples = samples_of(turn, self.config.train.global_batch, self.world.size, elastic=self._join is not None)
             parts = [samples[i : i + self.micro_batch] for i in range(0, len(samples), self.micro_batch)]
             batches = [self.task.data.training_batch(part, self.world.device) for part in parts]
             self._batches = turn, batches

@@ -65,7 +65,7 @@ def main(path: Path, overrides: Sequence[str]) -> int:
 
 
 def _train(config: RunConfig, world: World) -> Outcome:
-    from thinwire.comm.onebyte.settings import OneByteSettings
+    from thinwire.dist.onebyte_run import OneByteRunSettings
     from thinwire.dist.stop import StopRequest
     from thinwire.dist.train import Trainer
     from thinwire.dist.zeroth_order import ZerothOrderTrainer
@@ -74,7 +74,7 @@ def _train(config: RunConfig, world: World) -> Outcome:
     stop.listen()
     if world.rank == 0:
         print(world.describe(), flush=True)
-    kind = ZerothOrderTrainer if isinstance(config.method, OneByteSettings) else Trainer
+    kind = ZerothOrderTrainer if isinstance(config.method, OneByteRunSettings) else Trainer
     trainer = kind(config, world, stop)
     if world.rank > 0:
         return trainer.run()

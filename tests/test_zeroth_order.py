@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import queue
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import yaml
 from ranks import Rank, run_ranks, run_ranks_to_the_end
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
-from worlds import close_world, small_settings, thread_world
+from worlds import close_world, small_settings, small_text, thread_world
 
 from thinwire.comm.onebyte.log import Log, LogError
 from thinwire.comm.onebyte.rounds import Round
@@ -279,3 +281,60 @@ def test_the_command_trains_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
         rates = [record.rate for record in log if isinstance(record, Round)]
     # The learning rate is that of the schedule, as an fp32 number.
     assert rates == [pytest.approx(record["lr"], rel=1e-7) for record in records]
+
+
+def test_machines_started_alone_find_each_other_and_stay_equal(tmp_path: Path) -> None:
+    """Two worlds of one, with texts, batches and numbers of directions of their own."""
+    address: queue.Queue[str] = queue.Queue()
+
+    def machine(name: str, samples: int, batch: int) -> Trained:
+        def work(rank: Rank) -> Trained:
+            world = thread_world(rank)
+            try:
+                found = {"contacts": [address.get(timeout=60)]} if name == "second" else {"wait_for": 2}
+                config = config_of(
+                    tmp_path,
+                    name=name,
+                    method=ONEBYTE | {"samples": samples, "membership": {"sync": False, **found}},
+                    data=small_settings(tmp_path)["data"] | {"files": small_text()[len(name) :]},
+                    train={"steps": 5, "global_batch": batch, "eval_windows": 4},
+                )
+                trainer = ZerothOrderTrainer(config, world)
+                if name == "first":
+                    address.put(trainer._address())
+                memory = Memory(StopRequest(), 0)
+                return Trained(trainer, trainer.run([memory]), memory.records)
+            finally:
+                close_world(world)
+
+        return run_ranks(1, work, timeout_s=100)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        second = pool.submit(machine, "second", 3, 4)
+        first = machine("first", 2, 8)
+        other = second.result()
+    assert first.outcome.step == other.outcome.step == 5
+    assert same(first, other)
+    assert "2 bytes with a header of 24, and listens at 127.0.0.1:" in first.described
+    for trained, samples in ((first, 2), (other, 3)):
+        told = trained.records[0]["method"]
+        assert told["members"] == 2
+        last = trained.records[-1]["method"]
+        assert last["contribution_bytes"] == last["contributions_sent"] * (24 + samples)
+        assert trained.records[-1]["sent_bytes"] > 0
+    with (
+        Log.open(tmp_path / "runs" / "first" / "onebyte.log", read_only=True) as log,
+        Log.open(tmp_path / "runs" / "second" / "onebyte.log", read_only=True) as same_log,
+    ):
+        rounds = [record for record in log if isinstance(record, Round)]
+        assert rounds == [record for record in same_log if isinstance(record, Round)]
+        assert {tuple(len(c.codes) for c in round_.contributions) for round_ in rounds} <= {(2, 3), (2,), (3,)}
+
+
+def test_membership_settings_that_contradict_the_job_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"membership.samples: 4 is said by method.samples, 2 here"):
+        config_of(tmp_path, method=ONEBYTE | {"membership": {"samples": 4}})
+    config = config_of(tmp_path, method=ONEBYTE | {"membership": {}})
+    for outcome in run_ranks_to_the_end(2, lambda rank: _start(config, rank)):
+        assert isinstance(outcome, ValueError)
+        assert "method.membership: is given in a job of 2 ranks" in str(outcome)

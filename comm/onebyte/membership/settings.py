@@ -42,7 +42,7 @@ class MembershipSettings(Settings):
     leave_s: float = Field(5.0, ge=0)
     remove_after: int = Field(50, ge=1)
     adapt_samples: bool = True
-    secret: SecretStr = SecretStr("")
+    secret: SecretStr = Field(SecretStr(""), validate_default=False)  # strict JSON has no such type
     sync: bool = True
 
     @field_validator("listen", "advertise")
