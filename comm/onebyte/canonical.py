@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -14,13 +16,32 @@ from torch.distributed.tensor import DTensor
 from thinwire.comm.onebyte.lattice import grid_exponent
 from thinwire.comm.onebyte.manifest import Manifest, TensorEntry
 from thinwire.comm.onebyte.settings import OneByteSettings, nearest_log2
-from thinwire.comm.onebyte.stream import MAX_TENSORS
+from thinwire.comm.onebyte.stream import LARGEST_ELEMENT, MAX_TENSORS
 
 _DTYPES: dict[torch.dtype, Literal["float32", "bfloat16", "float16"]] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+_OPTIONS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "lr": (lambda lr: 0 < lr < math.inf, "more than 0"),
+    "eps": (lambda eps: 0 < eps < 1, "between 0 and 1"),
+    "weight_decay": (lambda decay: 0 <= decay < math.inf, "0 or more"),
+}
+
+
+def check_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a ValueError if an optimizer's param_groups have no names, or options that mean nothing here."""
+    for group in groups:
+        if "param_names" not in group:
+            raise ValueError("OneByteSPSA: parameters without names; give model.named_parameters()")
+        if unknown := sorted(set(group) - {"params", "param_names", *_OPTIONS}):
+            raise ValueError(
+                f"OneByteSPSA: a parameter group has {', '.join(unknown)}; of its own it may have {', '.join(_OPTIONS)}"
+            )
+        for option, (fits, allowed) in _OPTIONS.items():
+            if not fits(float(group[option])):
+                raise ValueError(f"OneByteSPSA: a parameter group has {option} {group[option]}; it must be {allowed}")
 
 
 def canonical(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor, Mapping[str, Any]]]:
@@ -45,20 +66,27 @@ def canonical(groups: Sequence[Mapping[str, Any]]) -> list[tuple[str, Tensor, Ma
     if not found:
         raise ValueError("OneByteSPSA: no parameter has requires_grad; give those that shall be trained")
     assert len(found) <= MAX_TENSORS
+    _check_overlaps(found)
     return found
 
 
-def describe_run(tensors: Sequence[tuple[str, Tensor, Mapping[str, Any]]], settings: OneByteSettings) -> Manifest:
-    """The manifest of a run that begins at these weights."""
-    first_rate = tensors[0][2]["lr"]
+def describe_run(
+    tensors: Sequence[tuple[str, Tensor, Mapping[str, Any]]], settings: OneByteSettings, rate: float | None = None
+) -> Manifest:
+    """The manifest of a run that begins at these weights.
+
+    Args:
+        rate: learning rate of the optimizer's first group, which each round tells; default: settings.lr.
+    """
+    rate = settings.lr if rate is None else rate
     entries = tuple(
         TensorEntry(
             name=name,
             shape=tuple(parameter.shape),
             dtype=_DTYPES[parameter.dtype],
-            exponent=_exponent(name, parameter),
+            exponent=_exponent(name, parameter, _eps_log2(group["eps"], settings), settings),
             eps_log2=_eps_log2(group["eps"], settings),
-            rate_scale=group["lr"] / first_rate,
+            rate_scale=float(group["lr"]) / rate,
             decay=group["weight_decay"] if parameter.dim() > 1 else 0.0,
             crc32=zlib.crc32(_bytes_of(parameter)),
         )
@@ -118,9 +146,9 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "") or "nothing"
 
 
-def _exponent(name: str, parameter: Tensor) -> int:
+def _exponent(name: str, parameter: Tensor, eps_log2: int, settings: OneByteSettings) -> int:
     try:
-        return grid_exponent(parameter)
+        return grid_exponent(parameter, LARGEST_ELEMENT[settings.distribution] * 2.0**eps_log2)
     except ValueError as error:
         raise ValueError(f"OneByteSPSA: {name}: {error}") from None
 
@@ -129,9 +157,24 @@ def _eps_log2(eps: float, settings: OneByteSettings) -> int:
     return settings.numerics().eps_log2 + nearest_log2(eps) - nearest_log2(settings.eps)
 
 
+def _check_overlaps(tensors: Sequence[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
+    """Tied weights are one tensor; weights that share a part of their memory would be perturbed twice there."""
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name) for name, p, _ in tensors)
+    for (_, end, name), (start, _, other) in pairwise(spans):
+        if start < end:
+            raise ValueError(
+                f"OneByteSPSA: {name} and {other} share a part of their memory; give the tensor of which they are "
+                "parts, or clone one of them"
+            )
+
+
 def _check(name: str, parameter: Tensor) -> None:
     if isinstance(parameter, DTensor):
         raise ValueError(f"OneByteSPSA: {name} is sharded (a DTensor); every machine holds the whole model here")
+    if parameter.is_meta:
+        raise ValueError(f"OneByteSPSA: {name} is on the meta device, without values; load the base weights first")
+    if parameter.is_inference():
+        raise ValueError(f"OneByteSPSA: {name} was made in inference mode; make the model outside of it")
     if parameter.dtype not in _DTYPES:
         raise ValueError(f"OneByteSPSA: {name} has dtype {parameter.dtype}; it must be float32, bfloat16 or float16")
     if not parameter.is_contiguous():

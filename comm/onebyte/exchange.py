@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from thinwire.comm.onebyte.rounds import Record
 
@@ -40,4 +40,13 @@ class Exchange(Protocol):
 
     def close(self) -> None:
         """Leave."""
+        ...
+
+
+@runtime_checkable
+class MeteredExchange(Exchange, Protocol):
+    """An Exchange that has something to tell."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth logging, by name."""
         ...

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,18 +14,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from thinwire.comm.onebyte.advice import RangeWatch, warn_of_invisible_eps
 from thinwire.comm.onebyte.byte_code import ABSENT, LARGEST, ZERO, ByteCode
-from thinwire.comm.onebyte.canonical import canonical, describe_run
-from thinwire.comm.onebyte.exchange import Change, Exchange, Turn
+from thinwire.comm.onebyte.canonical import canonical, check_groups, describe_run
+from thinwire.comm.onebyte.errors import TornWeightsError
+from thinwire.comm.onebyte.exchange import Exchange, MeteredExchange, Turn
 from thinwire.comm.onebyte.fixed_exchange import FixedExchange
 from thinwire.comm.onebyte.log import Log
-from thinwire.comm.onebyte.replica import Replica
-from thinwire.comm.onebyte.rounds import SHARED_SLOT, Round, Snapshot
+from thinwire.comm.onebyte.measure import Closure, evaluating, measure
+from thinwire.comm.onebyte.replica import Base, Replica
+from thinwire.comm.onebyte.rounds import Round, Snapshot
 from thinwire.comm.onebyte.settings import OneByteSettings
-from thinwire.comm.onebyte.stream import place
 from thinwire.comm.queue import CommQueue, open_queue
 
-Closure: TypeAlias = Callable[[], Tensor | float]
 Join: TypeAlias = Callable[[bytes, Log, Replica], Exchange]
 
 
@@ -50,12 +50,13 @@ class OneByteSPSA(torch.optim.Optimizer):
             stay as they are. fp32 weights are rounded to their grid: by 2^-23 of the tensor's largest, or less.
         model: is put into evaluation mode during step(), so that dropout and batch statistics are the same for both
             losses; None: see to that yourself. Random numbers that the closure draws from torch are the same anyhow.
-        log: file for the committed rounds. If it exists, its rounds are carried out first: params must hold the weights
-            at which that run began, and it goes on from where it was.
+        log: file for the committed rounds, one for each process that keeps one. If it exists, its rounds are carried
+            out first: params must hold the weights at which that run began, and it goes on from where it was.
         group, queue: the ranks of a fixed job, by their process group or by a queue of theirs; default: all ranks if
             torch.distributed is initialised, otherwise this process alone.
-        join: makes another exchange, such as one whose machines may come and go: (manifest, log, replica) -> Exchange.
-            It keeps the log, which must be given.
+        join: makes another exchange, such as membership.door.elastic(settings), whose machines may come and go:
+            (manifest, log, replica) -> Exchange. It keeps the log, which must be given.
+        base: gives the base weights again, by name, if those of this machine turn out to be wrong; None: it stops then.
         settings: the keywords of settings.OneByteSettings: eps, samples, directions, robust and so on.
     Attributes: turn, the round and slot that step() measures at present, by which its closure may choose its batch.
     Raises:
@@ -75,39 +76,52 @@ class OneByteSPSA(torch.optim.Optimizer):
         group: ProcessGroup | None = None,
         queue: CommQueue | None = None,
         join: Join | None = None,
+        base: Base | None = None,
         **settings: Any,
     ) -> None:
         self.settings = OneByteSettings(lr=lr, **settings)
         defaults = {"lr": lr, "eps": self.settings.eps, "weight_decay": self.settings.weight_decay}
         super().__init__(params, defaults)
-        if any("param_names" not in group for group in self.param_groups):
-            raise ValueError("OneByteSPSA: parameters without names; give model.named_parameters()")
+        check_groups(self.param_groups)
         if join is not None and (log is None or queue is not None or group is not None):
             raise ValueError("OneByteSPSA: join needs a log, and neither group nor queue")
         tensors = canonical(self.param_groups)
-        self.manifest = describe_run(tensors, self.settings)
+        first_rate = float(self.param_groups[0]["lr"])
+        self._ratios = [float(group["lr"]) / first_rate for group in self.param_groups]
+        self.manifest = describe_run(tensors, self.settings, first_rate)
         manifest = self.manifest.to_bytes()
-        self.replica = Replica(self.manifest, [parameter for _, parameter, _ in tensors])
-        self.log = _open_log(Path(log), manifest) if log is not None else None
-        if self.log is not None:
-            self.replica.apply([record for record in self.log if isinstance(record, Round)])
-        self._ratios = [group["lr"] / self.param_groups[0]["lr"] for group in self.param_groups]
+        parameters = [parameter for _, parameter, _ in tensors]
+        warn_of_invisible_eps(zip(self.manifest.tensors, parameters, strict=True))
+        self.replica = Replica(self.manifest, parameters, base)
         self._model = model
         self._code = ByteCode(self.manifest.numerics.floor_log2)
-        self._last: Round | None = None
-        self.turn = Turn(self.replica.rounds, 0, self.settings.samples)
-        if queue is None and join is None and dist.is_initialized():
-            queue = open_queue(group)
+        self._watch = RangeWatch(self._code)
         self._fixed: FixedExchange | None = None
-        if join is not None:
-            assert self.log is not None
-            self.exchange: Exchange = join(manifest, self.log, self.replica)
-        else:
-            self._fixed = FixedExchange(queue, manifest, self.settings.samples, self.replica.rounds)
-            self.exchange = self._fixed
-            if self.log is not None and not _has_roster(self.log, self._fixed):
-                epoch = self.log.roster.epoch + 1 if self.log.roster else 0  # other ranks than before go on
-                self.log.append(dataclasses.replace(self._fixed.roster, epoch=epoch))
+        self._own_queue: CommQueue | None = None
+        self.log = _open_log(Path(log), manifest) if log is not None else None
+        try:
+            if self.log is not None:
+                self.replica.apply([record for record in self.log if isinstance(record, Round)])
+            if join is not None:
+                assert self.log is not None
+                self.exchange: Exchange = join(manifest, self.log, self.replica)
+            else:
+                if queue is None and dist.is_initialized():
+                    queue = self._own_queue = open_queue(group)
+                self.exchange = self._fixed = self._fixed_exchange(queue)
+        except BaseException:
+            if self.log is not None:
+                self.log.close()  # or nobody else could write it
+            raise
+        self.turn = Turn(self.replica.rounds, 0, self.settings.samples)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As every optimizer, but only before the run begins: its tensors are part of the run."""
+        if "manifest" in vars(self):
+            raise ValueError(
+                "OneByteSPSA: the tensors of a run are fixed when it begins; give all parameter groups at once"
+            )
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> float:  # type: ignore[override]
@@ -115,40 +129,58 @@ class OneByteSPSA(torch.optim.Optimizer):
 
         Args:
             closure: computes the loss of this machine's batch, always the same one within a step, as an fp32 scalar.
-        Returns: the mean of the losses that it computed.
+        Returns: the mean of the finite losses that it computed; NaN if there is none.
         Raises:
-            ValueError: no closure, or a loss that is no fp32 scalar.
+            ValueError: no closure, a loss that is no fp32 scalar, or weights that somebody else has changed.
             CommError: the exchange failed; the weights are those before the step.
-            WeightRangeError: the weights have grown beyond their grid.
+            WeightRangeError: the weights would grow beyond their grid; they are those before the step.
+            ModelMismatchError: at a snapshot, the ranks do not have the same weights.
         """
         if closure is None:
             raise ValueError("OneByteSPSA.step needs a closure that computes the loss: there is no backward pass")
         rate = self._rate()
-        self.turn = turn = self.exchange.begin()
+        self.replica.check_untouched()
         try:
-            with self._still():
-                losses, codes = self._measure(turn, closure)
+            self.turn = turn = self.exchange.begin()
+            with evaluating(self._model):
+                losses, slopes = measure(closure, turn, self.replica, self.settings)
+            codes = bytes(self._code.encode(slope) for slope in slopes)
             changes = self.exchange.commit(turn, codes, rate)
+            self.replica.carry_out(changes)
         except BaseException:
-            self.replica.restore()
+            with contextlib.suppress(TornWeightsError):
+                self.replica.restore()
+            if self._fixed is not None:
+                self._fixed.go_to(self.replica.rounds)
             raise
-        self._carry_out(changes)
-        return math.fsum(losses) / len(losses)
+        rounds = [change.record for change in changes if isinstance(change.record, Round) and not change.undone]
+        for round_ in rounds:
+            self._watch.take(round_, slopes if round_.number == turn.round else ())
+        if self._fixed is not None:
+            self._write_down(rounds, self._fixed)
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        return math.fsum(finite) / len(finite) if finite else math.nan
 
     def predicted_bytes(self) -> dict[str, int]:
         """Bytes that this rank sends in a round of a fixed job, by level: one for each direction and other rank."""
         return self._fixed.predicted_bytes() if self._fixed else {}
 
     def metrics(self) -> dict[str, float]:
-        """Of the last round: contributions; absent (no finite loss), saturated and zero ones; median size of slopes."""
-        codes = b"".join(c.codes for c in self._last.contributions) if self._last else b""
+        """Of the last round: contributions; absent (no finite loss), saturated and zero ones; median size of slopes.
+
+        Besides, what the exchange tells of itself.
+        """
+        newest = self.replica.newest
+        codes = b"".join(c.codes for c in newest.contributions) if newest else b""
         sizes = [abs(self._code.values[code]) for code in codes if code != ABSENT]
+        more = self.exchange.metrics() if isinstance(self.exchange, MeteredExchange) else {}
         return {
             "contributions": float(len(codes)),
             "absent": float(codes.count(ABSENT)),
             "saturated": float(sum(code & LARGEST == LARGEST for code in codes)),
             "zero": float(codes.count(ZERO)),
             "slope": statistics.median(sizes) if sizes else 0.0,
+            **more,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,6 +189,8 @@ class OneByteSPSA(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take back what state_dict() gave, from any number of ranks: their states are equal.
+
+        The weights come with the model's state. They must be those of the same moment.
 
         Raises:
             ValueError: the state is of another run, or not where this run's log is.
@@ -168,6 +202,12 @@ class OneByteSPSA(torch.optim.Optimizer):
                 "OneByteSPSA: the state is of another run: other base weights, parameters or settings; build the "
                 "optimizer on the weights at which the run began"
             )
+        rounds = own["replica"]["progress"]["rounds"]
+        if self.log is not None and rounds != self.log.rounds:
+            raise ValueError(
+                f"OneByteSPSA: the state is after {rounds} rounds, {self.log.path} has {self.log.rounds}. The log is "
+                "the checkpoint: build the optimizer on the base weights with it, and load no state"
+            )
         super().load_state_dict(state)
         self.replica.load(own["replica"])
         if self._fixed is not None:
@@ -176,81 +216,44 @@ class OneByteSPSA(torch.optim.Optimizer):
     def remove(self) -> None:
         """Leave the exchange; the weights stay as they are."""
         self.exchange.close()
+        if self._own_queue is not None:
+            self._own_queue.close()
         if self.log is not None:
             self.log.close()
 
-    def _measure(self, turn: Turn, closure: Closure) -> tuple[list[float], bytes]:
-        """The losses computed, and the codes of this machine's slopes."""
-        eps = math.ldexp(1.0, self.manifest.numerics.eps_log2)
-        slot = SHARED_SLOT if self.settings.directions == "shared" else turn.slot
-        two_sided = self.settings.estimate == "two_sided"
-        random = _random_state()
-        losses: list[float] = []
-        slopes: list[float] = []
+    def _fixed_exchange(self, queue: CommQueue | None) -> FixedExchange:
+        exchange = FixedExchange(queue, self.manifest, self.settings.samples, self.replica.rounds)
+        if self.log is not None:
+            last = self.log.roster
+            roster = exchange.roster(last.epoch + 1 if last else 0)
+            if last is None or last.members != roster.members:
+                self.log.append(roster)
+        return exchange
 
-        def evaluate() -> float:
-            _set_random_state(random)
-            losses.append(_checked(closure()))
-            return losses[-1]
-
-        self.replica.restore()
-        middle = 0.0 if two_sided else evaluate()
-        for sample in range(turn.samples):
-            direction = place(turn.round, slot, sample)
-            self.replica.perturb(direction, 1)
-            ahead = evaluate()
-            if two_sided:
-                self.replica.perturb(direction, -1)
-                slopes.append((ahead - evaluate()) / (2 * eps))
-            else:
-                slopes.append((ahead - middle) / eps)
-        return losses, bytes(self._code.encode(slope) for slope in slopes)
-
-    def _carry_out(self, changes: Sequence[Change]) -> None:
-        """Apply rounds that follow one another together, and take back those that others have not committed."""
-        waiting: list[Round] = []
-        for record, undone in changes:
-            if not isinstance(record, Round):
-                continue
-            if undone:
-                self.replica.apply(waiting)
-                waiting = []
-                self.replica.undo(record)
-            else:
-                waiting.append(record)
-                self._last = record
-        self.replica.apply(waiting)
-        self.replica.restore()
-        if self._fixed is not None and self.log is not None:
-            for round_ in waiting:
+    def _write_down(self, rounds: Sequence[Round], exchange: FixedExchange) -> None:
+        """Into the log of a fixed job; and see whether all ranks have the same weights, where a snapshot is due."""
+        for round_ in rounds:
+            if self.log is not None:
                 self.log.append(round_)
-                if self.replica.is_snapshot(round_.number):
-                    self.log.append(Snapshot(self.replica.rounds, self.replica.model_hash()))
+            if self.replica.is_snapshot(round_.number):
+                model_hash = self.replica.model_hash()
+                exchange.compare_models(self.replica.rounds, model_hash)
+                if self.log is not None:
+                    self.log.append(Snapshot(self.replica.rounds, model_hash))
                     self.log.sync()
 
     def _rate(self) -> float:
         """The learning rate of the first group as an fp32 number; the others keep their ratio to it."""
-        first = self.param_groups[0]["lr"]
+        first = float(self.param_groups[0]["lr"])
         for ratio, group in zip(self._ratios, self.param_groups, strict=True):
             if not math.isclose(group["lr"], first * ratio, rel_tol=1e-6):
                 raise ValueError(
                     f"OneByteSPSA: a group's lr is {group['lr']}, but {ratio:g} times the first group's, {first}, is "
                     "part of the run: change all groups' lr by the same factor"
                 )
+        if not 0 <= first < math.inf:
+            raise ValueError(f"OneByteSPSA: lr is {first}; it must be a finite number, not below 0")
         return float(torch.tensor(first, dtype=torch.float32))
-
-    @contextlib.contextmanager
-    def _still(self) -> Iterator[None]:
-        """Evaluation mode, each module's own mode restored after it."""
-        modules = list(self._model.modules()) if self._model is not None else []
-        modes = [module.training for module in modules]
-        for module in modules:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, mode in zip(modules, modes, strict=True):
-                module.training = mode
 
 
 def _open_log(path: Path, manifest: bytes) -> Log:
@@ -264,31 +267,3 @@ def _open_log(path: Path, manifest: bytes) -> Log:
             "weights at which that run began and its settings, or another log"
         )
     return log
-
-
-def _has_roster(log: Log, exchange: FixedExchange) -> bool:
-    return log.roster is not None and log.roster.members == exchange.roster.members
-
-
-def _checked(loss: Tensor | float) -> float:
-    if isinstance(loss, Tensor):
-        if loss.numel() != 1:
-            raise ValueError(
-                f"OneByteSPSA: the closure gave a loss of shape {tuple(loss.shape)}; give its mean, a scalar"
-            )
-        if loss.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"OneByteSPSA: the closure gave a {loss.dtype} loss, too coarse for its difference over 2 eps to mean "
-                "anything; compute it in fp32: F.cross_entropy(logits.float(), targets)"
-            )
-    return float(loss)
-
-
-def _random_state() -> tuple[Tensor, list[Tensor]]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-
-def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])

@@ -55,7 +55,7 @@ class OneByteSettings(Settings):
     basis_every: int = Field(1, gt=0)
     robust: Literal["none", "clip", "drop", "median"] = "none"
     robust_factor: float = Field(2.5, gt=1)
-    slope_floor: float = Field(2.0**-8, gt=0)
+    slope_floor: float = Field(2.0**-8, ge=2.0**-64, le=2.0**64)
     seed: int = Field(0, ge=0, lt=1 << 63)
 
     @model_validator(mode="after")
