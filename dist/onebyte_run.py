@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import model_validator
 
@@ -31,14 +32,18 @@ class OneByteRunSettings(OneByteSettings):
 
     @model_validator(mode="after")
     def _samples_once(self) -> OneByteRunSettings:
-        if self.membership is not None and "samples" in self.membership.model_fields_set:
-            raise ValueError(
-                f"membership.samples: {self.membership.samples} is said by method.samples, {self.samples} here; give "
-                "that one alone"
-            )
+        """membership.samples is method.samples, in the resolved configuration too."""
+        membership = self.membership
+        if membership is not None and membership.samples != self.samples:
+            if "samples" in membership.model_fields_set:
+                raise ValueError(
+                    f"membership.samples: {membership.samples}, but method.samples is {self.samples}; give that one alone"
+                )
+            # The model is frozen for its users; here it is still being made.
+            object.__setattr__(self, "membership", membership.model_copy(update={"samples": self.samples}))
         return self
 
-    def of_optimizer(self) -> dict[str, object]:
+    def of_optimizer(self) -> dict[str, Any]:
         """The keywords of OneByteSPSA."""
         return self.model_dump(exclude={"kind", "membership"})
 
@@ -85,14 +90,13 @@ def joining(settings: OneByteRunSettings, world: World) -> Join | None:
             f"method.membership: is given in a job of {world.size} ranks; start each machine alone, or remove it: a "
             "fixed job needs no membership"
         )
-    own = membership.model_copy(update={"samples": settings.samples})
 
     def join(manifest: bytes, log: Log, replica: Replica) -> Exchange:
         exchange = Membership(
             manifest,
             log,
             replica,
-            own,
+            membership,
             base_hash=replica.base_hash,
             snapshot_every=settings.snapshot_every,
         )

@@ -332,7 +332,7 @@ def test_machines_started_alone_find_each_other_and_stay_equal(tmp_path: Path) -
 
 
 def test_membership_settings_that_contradict_the_job_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"membership.samples: 4 is said by method.samples, 2 here"):
+    with pytest.raises(ValueError, match=r"membership.samples: 4, but method.samples is 2; give that one alone"):
         config_of(tmp_path, method=ONEBYTE | {"membership": {"samples": 4}})
     config = config_of(tmp_path, method=ONEBYTE | {"membership": {}})
     for outcome in run_ranks_to_the_end(2, lambda rank: _start(config, rank)):
