@@ -37,7 +37,8 @@ class OneByteRunSettings(OneByteSettings):
         if membership is not None and membership.samples != self.samples:
             if "samples" in membership.model_fields_set:
                 raise ValueError(
-                    f"membership.samples: {membership.samples}, but method.samples is {self.samples}; give that one alone"
+                    f"membership.samples: {membership.samples}, but method.samples is {self.samples}; "
+                    "give that one alone"
                 )
             # The model is frozen for its users; here it is still being made.
             object.__setattr__(self, "membership", membership.model_copy(update={"samples": self.samples}))
