@@ -57,10 +57,8 @@ def _facts(s: Summary) -> Iterable[tuple[str, str]]:
         yield "contributions", f"{s.contributions:,}: {spread}"
     if s.rates:
         first, last, least, most = s.rates
-        told = (
-            f"{first:.6g}" if not s.rate_changes else f"{first:.6g} first, {last:.6g} last, {least:.6g} to {most:.6g}"
-        )
-        yield "rate", f"{told}; changed {s.rate_changes} times"
+        changed = f"{first:.6g} first, {last:.6g} last, {least:.6g} to {most:.6g}"
+        yield "rate", changed if s.rate_changes else f"{first:.6g} throughout"
     if s.contributions:
         counts = (("zero", s.zero), ("saturated", s.saturated), ("absent", s.absent))
         yield "codes", ", ".join(f"{count:,} {name} ({count / s.contributions:.2%})" for name, count in counts)
@@ -74,10 +72,11 @@ def _facts(s: Summary) -> Iterable[tuple[str, str]]:
         "size",
         f"{s.size_bytes:,} bytes: {s.header_bytes:,} before the first record, {s.round_bytes:,} of rounds{per_round}",
     )
-    share = s.fp32_gradient_bytes / s.size_bytes
+    times = s.fp32_gradient_bytes / s.size_bytes
+    told = f"{times:,.0f}" if times >= 100 else f"{times:.3g}"
     yield (
         "beside",
-        f"one fp32 gradient of these weights has {s.fp32_gradient_bytes:,} bytes, {share:,.3g} times this file",
+        f"one fp32 gradient of these weights has {s.fp32_gradient_bytes:,} bytes, {told} times this file",
     )
     if s.torn_bytes:
         yield "torn", f"the last {s.torn_bytes} bytes of the file are a record that its writer did not finish"

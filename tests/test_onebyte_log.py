@@ -6,6 +6,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +22,7 @@ from thinwire.comm.onebyte.log import Log, LogError, LogLockedError
 from thinwire.comm.onebyte.rounds import Contribution, Member, Record, Roster, Round, Snapshot
 
 MANIFEST = b'{"run": 1}'
-HEADER_BYTES = 14 + len(MANIFEST) + 32
+HEADER_BYTES = 14 + len(zlib.compress(MANIFEST, 9)) + 32
 
 
 def roster(epoch: int, samples: dict[int, int]) -> Roster:
@@ -178,11 +179,20 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
             Log.open(path)
         assert path.read_bytes() == damaged
     assert b"machine 5" in whole
+    end = HEADER_BYTES + 1 + 8 + 4 + 4 + 2 + 4  # of the first record, which is listed
     path.write_bytes(whole.replace(b"machine 5", b"machine 6"))
-    with pytest.raises(LogError, match=r"damaged\.log: record 1, at byte 79: .*truncate -s 79"):
+    with pytest.raises(LogError, match=rf"damaged\.log: record 1, at byte {end}: .*truncate -s {end}"):
         Log.open(path)
-    path.write_bytes(whole[:79])
+    path.write_bytes(whole[:end])
     assert read(path) == EVERY_FORM[:1]
+    path.write_bytes(whole[:14] + bytes(HEADER_BYTES - 46) + whole[HEADER_BYTES - 32 :])
+    with pytest.raises(LogError, match=f"the manifest, in the first {HEADER_BYTES} bytes, or its"):
+        Log.open(path)
+    for odd in (b"nothing that zlib knows", zlib.compress(b"{}")[:-1]):
+        header = whole[:10] + struct.pack("<I", len(odd)) + odd
+        path.write_bytes(header + sha256(header).digest())
+        with pytest.raises(LogError, match="the manifest was never whole"):
+            Log.open(path)
     path.write_bytes(b"\x89tw1byte\x02\x00" + whole[10:])
     with pytest.raises(LogError, match="version 2; this thinwire reads version 1"):
         Log.open(path)

@@ -1,8 +1,8 @@
 """The log of a run: with the base model, all that its weights are made of.
 
-magic, version, length of the manifest, manifest, its SHA-256; then records (record_code.py), each followed by the first
-4 bytes of the chain hash h_i = SHA-256(h_{i-1} + record), h_0 = SHA-256(manifest). A round of 4 machines with one
-sample each takes 9 bytes.
+magic, version, length of the compressed manifest, this, SHA-256 of all of that; then records (record_code.py), each
+followed by the first 4 bytes of the chain hash h_i = SHA-256(h_{i-1} + record), h_0 = SHA-256(manifest). A round of 4
+machines with one sample each takes 9 bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import bisect
 import fcntl
 import os
 import struct
+import zlib
 from array import array
 from collections.abc import Iterator
 from hashlib import sha256
@@ -26,6 +27,7 @@ __all__ = ["Log", "LogError", "LogLockedError"]
 _MAGIC = b"\x89tw1byte"
 _VERSION = 1
 _HEADER = struct.Struct("<8sHI")
+_LARGEST_MANIFEST = 1 << 28
 _HASH_BYTES = 32
 _CHECK_BYTES = 4
 _READ_BYTES = 1 << 20
@@ -57,13 +59,13 @@ class Log:
     that was killed while it wrote; cut off when the file is opened for writing, ignored when only read.
     """
 
-    def __init__(self, file: int, path: Path, manifest: bytes, *, read_only: bool) -> None:
+    def __init__(self, file: int, path: Path, manifest: bytes, first: int, *, read_only: bool) -> None:
         self.path = path
         self.manifest = manifest
         self.read_only = read_only
         self.torn_bytes = 0
         self._file = file
-        self._offsets = array("Q", [_HEADER.size + len(manifest) + _HASH_BYTES])  # of every record, and the end
+        self._offsets = array("Q", [first])  # of every record, and the end
         self._chain = bytearray(sha256(manifest).digest())
         self._marks = [_Mark(0, Context())]
         self._context = Context()
@@ -72,7 +74,10 @@ class Log:
     def create(cls, path: str | os.PathLike[str], manifest: bytes) -> Log:
         """Begin a log, open for writing. Raises FileExistsError if the file exists."""
         path = Path(path)
-        header = _HEADER.pack(_MAGIC, _VERSION, len(manifest)) + manifest + sha256(manifest).digest()
+        assert len(manifest) <= _LARGEST_MANIFEST
+        compressed = zlib.compress(manifest, 9)
+        header = _HEADER.pack(_MAGIC, _VERSION, len(compressed)) + compressed
+        header += sha256(header).digest()
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             _lock(file, path)
@@ -89,7 +94,7 @@ class Log:
         except BaseException:
             os.close(file)
             raise
-        return cls(file, path, manifest, read_only=False)
+        return cls(file, path, manifest, len(header), read_only=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Log:
@@ -100,7 +105,7 @@ class Log:
             if not read_only:
                 _lock(file, path)
             data = _read_all(file)
-            log = cls(file, path, _manifest_of(data, path), read_only=read_only)
+            log = cls(file, path, *_read_header(data, path), read_only=read_only)
             try:
                 log._take(data, log.size_bytes)
             except RecordError as error:
@@ -289,7 +294,8 @@ def _start(mark: _Mark) -> int:
     return mark.start
 
 
-def _manifest_of(data: bytes, path: Path) -> bytes:
+def _read_header(data: bytes, path: Path) -> tuple[bytes, int]:
+    """The manifest, and where the first record begins."""
     if len(data) < _HEADER.size and _MAGIC.startswith(data[: len(_MAGIC)]):
         raise LogError(f"{path}: {len(data)} bytes, not even a header: whoever began it was killed. Remove the file")
     if data[: len(_MAGIC)] != _MAGIC:
@@ -298,14 +304,19 @@ def _manifest_of(data: bytes, path: Path) -> bytes:
     if version != _VERSION:
         raise LogError(f"{path}: a log of version {version}; this thinwire reads version {_VERSION}")
     end = _HEADER.size + length
-    if len(data) < end + _HASH_BYTES:
-        raise LogError(
-            f"{path}: {len(data)} bytes end within the header of {end + _HASH_BYTES}: damaged, or never begun"
-        )
-    manifest = data[_HEADER.size : end]
-    if sha256(manifest).digest() != data[end : end + _HASH_BYTES]:
-        raise LogError(f"{path}: the manifest (bytes {_HEADER.size} to {end - 1}) or its SHA-256 is damaged")
-    return manifest
+    first = end + _HASH_BYTES
+    if len(data) < first:
+        raise LogError(f"{path}: {len(data)} bytes end within the header of {first}: damaged, or never begun")
+    if sha256(data[:end]).digest() != data[end:first]:
+        raise LogError(f"{path}: the manifest, in the first {first} bytes, or its SHA-256 is damaged")
+    unpacked = zlib.decompressobj()
+    try:
+        manifest = unpacked.decompress(data[_HEADER.size : end], _LARGEST_MANIFEST)
+    except zlib.error as error:
+        raise LogError(f"{path}: the manifest was never whole: {error}") from None
+    if not unpacked.eof:
+        raise LogError(f"{path}: the manifest was never whole, or has more than {_LARGEST_MANIFEST} bytes")
+    return manifest, first
 
 
 def _lock(file: int, path: Path) -> None:
