@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     from thinwire.comm.errors import PeerLateError as PeerLateError
     from thinwire.comm.errors import PeerLostError as PeerLostError
     from thinwire.comm.local_sgd.door import local_sgd as local_sgd
+    from thinwire.comm.onebyte.errors import ModelMismatchError as ModelMismatchError
+    from thinwire.comm.onebyte.errors import WeightRangeError as WeightRangeError
+    from thinwire.comm.onebyte.membership.door import elastic as elastic
+    from thinwire.comm.onebyte.membership.errors import NoQuorumError as NoQuorumError
+    from thinwire.comm.onebyte.membership.settings import MembershipSettings as MembershipSettings
+    from thinwire.comm.onebyte.optimizer import OneByteSPSA as OneByteSPSA
     from thinwire.launch.join import init as init
 
 # Name -> module that defines it. Nothing here imports torch until the name is used.
@@ -62,7 +68,11 @@ _PUBLIC = {
     "Int8": "thinwire.comm.compress.compressors.block_quantized",
     "LowRank": "thinwire.comm.compress.compressors.low_rank",
     "Natural": "thinwire.comm.compress.compressors.natural",
+    "MembershipSettings": "thinwire.comm.onebyte.membership.settings",
+    "ModelMismatchError": "thinwire.comm.onebyte.errors",
+    "NoQuorumError": "thinwire.comm.onebyte.membership.errors",
     "NonFiniteWeightsError": "thinwire.comm.errors",
+    "OneByteSPSA": "thinwire.comm.onebyte.optimizer",
     "PeerFailedError": "thinwire.comm.errors",
     "PeerLateError": "thinwire.comm.errors",
     "PeerLostError": "thinwire.comm.errors",
@@ -73,8 +83,10 @@ _PUBLIC = {
     "TernaryCluster": "thinwire.comm.compress.compressors.ternary_cluster",
     "Threshold": "thinwire.comm.compress.compressors.threshold",
     "TopK": "thinwire.comm.compress.compressors.top_k",
+    "WeightRangeError": "thinwire.comm.onebyte.errors",
     "allreduce": "thinwire.comm.allreduce",
     "compress": "thinwire.comm.compress.door",
+    "elastic": "thinwire.comm.onebyte.membership.door",
     "init": "thinwire.launch.join",
     "local_sgd": "thinwire.comm.local_sgd.door",
 }
