@@ -1,23 +1,27 @@
-"""Rounds of a fixed job: one all-gather of exactly one byte per direction and rank."""
+"""Rounds of a fixed job: exactly one byte per direction from each rank to each, and nothing else."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from thinwire.comm.channel import Channel
 from thinwire.comm.onebyte.errors import ModelMismatchError
 from thinwire.comm.onebyte.exchange import Change, Turn
+from thinwire.comm.onebyte.flood import Flooding, FloodSettings
 from thinwire.comm.onebyte.manifest import Manifest
 from thinwire.comm.onebyte.rounds import SHARED_SLOT, Contribution, Member, Roster, Round
+from thinwire.comm.onebyte.spread import AllGather, Spread
 from thinwire.comm.queue import CommQueue
 from thinwire.comm.rank_names import name_ranks
 
 OPERATION = "onebyte/round"
 _DIGEST_BYTES = 8
+_HASH_BYTES = 32
 
 
 class FixedExchange:
@@ -28,11 +32,19 @@ class FixedExchange:
         manifest: of the run; must be the same on all ranks.
         samples: directions of this rank in each round.
         first_round: number of the next round.
+        flood: over which graph the bytes travel; None: straight from all to all.
     Raises:
-        ValueError: the ranks do not have the same manifest, number of directions, or next round.
+        ValueError: the ranks do not have the same manifest, number of directions, graph, or next round.
     """
 
-    def __init__(self, queue: CommQueue | None, manifest: Manifest, samples: int, first_round: int) -> None:
+    def __init__(
+        self,
+        queue: CommQueue | None,
+        manifest: Manifest,
+        samples: int,
+        first_round: int,
+        flood: FloodSettings | None = None,
+    ) -> None:
         self._queue = queue if queue and queue.size > 1 else None
         self._samples = samples
         self._round = first_round
@@ -40,8 +52,12 @@ class FixedExchange:
         self._has_compared = False
         if self._size > SHARED_SLOT:
             raise ValueError(f"OneByteSPSA: {self._size} ranks; a run has {SHARED_SLOT} at most")
+        self._spread: Spread = (
+            Flooding(flood, self._rank, self._size, samples) if flood else AllGather(self._rank, self._size, samples)
+        )
+        self._rates: deque[float] = deque()  # of the rounds that are under way, the oldest first
         if self._queue:
-            self._compare_starts(self._queue, manifest)
+            self._compare_starts(self._queue, manifest, flood)
 
     def roster(self, epoch: int) -> Roster:
         """The ranks as members."""
@@ -52,19 +68,24 @@ class FixedExchange:
         return Turn(self._round, self._rank, self._samples)
 
     def commit(self, turn: Turn, codes: bytes, rate: float) -> Sequence[Change]:
-        """Gather all ranks' codes: they are the round.
+        """Gather all ranks' codes: they are the round. By flooding it may come some turns later.
 
         Raises:
             PeerLostError, PeerLateError, PeerFailedError: a rank is gone; no round has come of it here.
         """
         assert len(codes) == self._samples
         self._has_compared = False
-        gathered = [codes]
+        rows = mine = _as_tensor(codes)
         if self._queue:
-            mine = _as_tensor(codes)
-            gathered = self._queue.submit(OPERATION, lambda channel: _gather(channel, mine)).wait()
+            rows = self._queue.submit(OPERATION, lambda channel: self._spread.exchange(channel, mine)).wait()
         self._round += 1
-        return [Change(Round(turn.round, rate, tuple(Contribution(r, row) for r, row in enumerate(gathered))))]
+        self._rates.append(rate)
+        if len(self._rates) <= self._spread.lag:
+            return []
+        whole = [row.numpy().tobytes() for row in rows.view(self._size, self._samples)]
+        number = turn.round - self._spread.lag
+        contributions = tuple(Contribution(rank, row) for rank, row in enumerate(whole))
+        return [Change(Round(number, self._rates.popleft(), contributions))]
 
     def compare_models(self, rounds: int, model_hash: bytes) -> None:
         """At a snapshot, see whether all ranks have the same weights.
@@ -78,7 +99,7 @@ class FixedExchange:
             return
         mine = _as_tensor(model_hash)
         self._has_compared = True
-        rows = self._queue.submit("onebyte/snapshot", lambda channel: channel.all_gather_same(mine)).wait()
+        rows = self._queue.submit("onebyte/snapshot", lambda channel: self._spread.gather(channel, mine)).wait()
         odd = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
         if odd:
             raise ModelMismatchError(
@@ -88,28 +109,53 @@ class FixedExchange:
             )
 
     def go_to(self, number: int) -> None:
-        """Make `number` the next round, on all ranks alike: a checkpoint of it has been loaded."""
-        self._round = number
+        """Make `number` the next round to be committed, on all ranks alike; those under way are measured again."""
+        if number != self._round - len(self._rates):
+            self._round = number
+            self._rates.clear()
+            self._spread.reset()
+
+    def state(self) -> dict[str, Any]:
+        """The rounds under way, as this rank knows them; empty where a round is complete in its own turn."""
+        if not self._spread.lag:
+            return {}
+        return {"round": self._round, "rates": list(self._rates), "spread": self._spread.state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what state() gave, on all ranks alike. Raises ValueError if it is of another way to exchange."""
+        if bool(state) != bool(self._spread.lag) or (state and len(state["rates"]) > self._spread.lag):
+            raise ValueError(
+                "OneByteSPSA: the state is of a run with another `exchange`; give it the same graph and hops"
+            )
+        if state:
+            self._round = int(state["round"])
+            self._rates = deque(state["rates"])
+            self._spread.load(state["spread"])
 
     def close(self) -> None:
         """Nothing to do: the queue is the caller's."""
 
     def predicted_bytes(self) -> dict[str, int]:
-        """What this rank sends in a round, by level; 32 bytes more to each rank if the last one ended in a snapshot."""
+        """What this rank sends in a round, by level; more if the last one ended in a snapshot, which is compared."""
         counts: dict[str, int] = {}
-        for rank in range(self._size):
-            if self._queue and rank != self._rank:
-                level = self._queue.meter.level_of(self._queue.peers[rank])
-                counts[level] = counts.get(level, 0) + self._samples + 32 * self._has_compared
+        if self._queue:
+            compared = self._spread.gather_bytes(_HASH_BYTES) if self._has_compared else [0] * self._size
+            for peer, codes_bytes, hash_bytes in zip(
+                self._queue.peers, self._spread.sent_bytes(), compared, strict=True
+            ):
+                if codes_bytes:
+                    level = self._queue.meter.level_of(peer)
+                    counts[level] = counts.get(level, 0) + codes_bytes + hash_bytes
         return counts
 
-    def _compare_starts(self, queue: CommQueue, manifest: Manifest) -> None:
+    def _compare_starts(self, queue: CommQueue, manifest: Manifest, flood: FloodSettings | None) -> None:
         weights = {"base_hash", "tensors"}
         entries = [entry.model_dump(mode="json", exclude={"crc32", "exponent"}) for entry in manifest.tensors]
         parts = {
             "settings": _digest(manifest.model_dump_json(exclude=weights)),
             "parameters (names, shapes, dtypes, or their groups' lr, eps and weight_decay)": _digest(repr(entries)),
             "base weights": _digest(manifest.to_bytes().decode()),
+            "exchange": _digest(flood.model_dump_json() if flood else "all_gather"),
             "samples": self._samples.to_bytes(_DIGEST_BYTES, "little"),
             "next round": self._round.to_bytes(_DIGEST_BYTES, "little"),
         }
@@ -134,7 +180,3 @@ def _as_tensor(data: bytes) -> Tensor:
 
 def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:_DIGEST_BYTES]
-
-
-def _gather(channel: Channel, mine: Tensor) -> list[bytes]:
-    return [row.numpy().tobytes() for row in channel.all_gather_same(mine)]

@@ -85,6 +85,8 @@ class OneByteSPSA(torch.optim.Optimizer):
         check_groups(self.param_groups)
         if join is not None and (log is None or queue is not None or group is not None):
             raise ValueError("OneByteSPSA: join needs a log, and neither group nor queue")
+        if join is not None and self.settings.exchange != "all_gather":
+            raise ValueError("exchange: flood is for the ranks of a fixed job; with join, leave exchange out")
         tensors = canonical(self.param_groups)
         first_rate = float(self.param_groups[0]["lr"])
         self._ratios = [float(group["lr"]) / first_rate for group in self.param_groups]
@@ -185,12 +187,16 @@ class OneByteSPSA(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Settings of the groups, and what the weights alone do not say."""
-        return {**super().state_dict(), "onebyte": {"run": self.manifest.run_id, "replica": self.replica.state()}}
+        own = {"run": self.manifest.run_id, "replica": self.replica.state()}
+        if self._fixed is not None:
+            own["exchange"] = self._fixed.state()
+        return {**super().state_dict(), "onebyte": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take back what state_dict() gave, from any number of ranks: their states are equal.
+        """Take back what state_dict() gave, from any number of ranks: their replicas are equal.
 
-        The weights come with the model's state. They must be those of the same moment.
+        The weights come with the model's state. They must be those of the same moment. Rounds that were on their way
+        over a graph go on if there are as many ranks as before, and are measured again otherwise.
 
         Raises:
             ValueError: the state is of another run, or not where this run's log is.
@@ -211,6 +217,8 @@ class OneByteSPSA(torch.optim.Optimizer):
         super().load_state_dict(state)
         self.replica.load(own["replica"])
         if self._fixed is not None:
+            if "all_ranks" not in state_dict:
+                self._fixed.load(own.get("exchange", {}))
             self._fixed.go_to(self.replica.rounds)
 
     def remove(self) -> None:
@@ -222,7 +230,9 @@ class OneByteSPSA(torch.optim.Optimizer):
             self.log.close()
 
     def _fixed_exchange(self, queue: CommQueue | None) -> FixedExchange:
-        exchange = FixedExchange(queue, self.manifest, self.settings.samples, self.replica.rounds)
+        chosen = self.settings.exchange
+        flood = None if chosen == "all_gather" else chosen
+        exchange = FixedExchange(queue, self.manifest, self.settings.samples, self.replica.rounds, flood)
         if self.log is not None:
             last = self.log.roster
             roster = exchange.roster(last.epoch + 1 if last else 0)

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from thinwire.comm.onebyte.byte_code import STEPS_PER_OCTAVE
+from thinwire.comm.onebyte.flood import FloodSettings
 from thinwire.comm.onebyte.manifest import Numerics
 from thinwire.comm.settings import Settings
 
@@ -34,6 +35,8 @@ class OneByteSettings(Settings):
     kept: share of each tensor's weights, the smallest ones, that move until the next snapshot (Sparse MeZO).
     robust: clip or drop slopes of more than robust_factor times the round's median size; median of all machines'
       slopes, for shared directions.
+    exchange: in a fixed job, all_gather (straight from all to all) or {kind: flood, graph: ring}: from neighbour to
+      neighbour over a graph.
     seed: makes runs with equal weights and settings differ.
     slope_floor: the smallest slope that a byte can say; the largest is 55,000 times that. Taken to a power of two.
     """
@@ -57,6 +60,7 @@ class OneByteSettings(Settings):
     robust_factor: float = Field(2.5, gt=1)
     slope_floor: float = Field(2.0**-8, ge=2.0**-64, le=2.0**64)
     seed: int = Field(0, ge=0, lt=1 << 63)
+    exchange: Literal["all_gather"] | FloodSettings = "all_gather"
 
     @model_validator(mode="after")
     def _fit_together(self) -> OneByteSettings:
