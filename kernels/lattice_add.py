@@ -171,7 +171,7 @@ def _check(
     in_place = out.data_ptr() == weights.data_ptr() and out.dtype == weights.dtype
     if not in_place and _overlap(weights, out):
         raise ValueError("lattice_add: out overlaps weights; give it memory of its own, or the same")
-    if places.device.type == "cpu" and places.numel() and (places.amin() < 0 or places.amax() >= 1 << 32):
+    if places.device.type == "cpu" and (places.numpy() >> 32).any():
         raise ValueError(
             f"lattice_add: places has values from {int(places.amin())} to {int(places.amax())}; they must be from 0 "
             "to 2^32 - 1"

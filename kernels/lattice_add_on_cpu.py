@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from numpy import float32, int32, int64, uint8, uint16, uint32, uint64
 from numpy.typing import NDArray
@@ -43,12 +42,15 @@ def _loop(function: Function) -> Function:
 
 
 @_loop
-def _words(words: NDArray[uint32], count: int, block: int, counter: NDArray[uint32], k0: uint32, k1: uint32) -> None:
+def _words(
+    words: NDArray[uint32], count: int, block: int, tensor: int, place: NDArray[int64], k0: uint32, k1: uint32
+) -> None:
     """words[r, i] = word r of block + i: `philox` for many blocks side by side."""
     low32, half = uint64(0xFFFFFFFF), uint64(32)
+    c2, c3 = uint64(place[0]), uint64(place[1])
     for i in range(count):
         # Variables of 64 bits whose upper halves are left dirty: the vector multiplication ignores them.
-        a, b, c, d = uint64(block + i), uint64(counter[0]), uint64(counter[1]), uint64(counter[2])
+        a, b, c, d = uint64(block + i), uint64(tensor), c2, c3
         x, y = k0, k1
         for _ in range(ROUNDS):
             low, high = (a & low32) * _M0, (c & low32) * _M1
@@ -59,14 +61,13 @@ def _words(words: NDArray[uint32], count: int, block: int, counter: NDArray[uint
 
 
 @_loop
-def _set_signs(sums: NDArray[int32], words: NDArray[uint32], unset: int32, twice: int32, blocks: int) -> None:
-    """Make each sum `unset`, plus `twice` if its bit in the words is set."""
-    is_set, one = int32(unset + twice), uint32(1)
+def _set_signs(sums: NDArray[int32], words: NDArray[uint32], unset: int32, is_set: int32, blocks: int) -> None:
+    """Make each sum `is_set` or `unset`, as its bit in the words is."""
+    one = uint32(1)
     for b in range(blocks):
         w0, w1, w2, w3 = words[0, b], words[1, b], words[2, b], words[3, b]
         start = 128 * b
-        # LLVM makes a word of bits a mask of lanes; so short a loop only if it is about four words.
-        for j in range(32):
+        for j in range(32):  # four words at once: a shorter loop LLVM lays out bit by bit
             bit = one << uint32(j)
             sums[start + j] = is_set if w0 & bit else unset
             sums[start + 32 + j] = is_set if w1 & bit else unset
@@ -75,15 +76,17 @@ def _set_signs(sums: NDArray[int32], words: NDArray[uint32], unset: int32, twice
 
 
 @_loop
-def _add_signs(sums: NDArray[int32], words: NDArray[uint32], twice: NDArray[int32], blocks: int) -> None:
-    """Add twice[s] to each sum whose bit in words[s] is set, for four s at once; sums wrap around."""
-    q0, q1, q2, q3 = twice[0], twice[1], twice[2], twice[3]
+def _add_signs(
+    sums: NDArray[int32], words: NDArray[uint32], q0: int32, q1: int32, q2: int32, q3: int32, blocks: int
+) -> None:
+    """Add q0 to each sum whose bit in words[0] is set, and so on for four directions at once; sums wrap around."""
     zero, one = int32(0), uint32(1)
     for b in range(blocks):
         for r in range(4):
             w0, w1, w2, w3 = words[0, r, b], words[1, r, b], words[2, r, b], words[3, r, b]
             start = 128 * b + 32 * r
-            for j in range(32):  # one masked addition per direction and vector
+            # LLVM makes a word of bits a mask of lanes, so this is one masked addition per direction and vector.
+            for j in range(32):
                 bit = one << uint32(j)
                 total = sums[start + j]
                 total += q0 if w0 & bit else zero
@@ -148,26 +151,32 @@ def _round(out: NDArray[uint16], bits: NDArray[uint32]) -> None:
 def _sum_of_signs(
     sums: NDArray[int32],
     words: NDArray[uint32],
-    base: int32,
-    twice: NDArray[int32],
-    counters: NDArray[uint32],
+    coefficients: NDArray[int32],
+    places: NDArray[int64],
+    tensor: int,
     k0: uint32,
     k1: uint32,
     block: int,
     blocks: int,
 ) -> None:
-    directions = len(counters)
+    # A sign is 2 bit - 1, so what is added is twice the coefficient where the bit is set, and its opposite everywhere.
+    directions, base = coefficients.size, int32(0)
+    for s in range(directions):
+        base -= coefficients[s]
     alone = directions % SEEDS == 1  # what perturbs has one direction, and nothing to add it to
     if alone:
-        _words(words[0], blocks, block, counters[0], k0, k1)
-        _set_signs(sums, words[0], base, twice[0], blocks)
+        _words(words[0], blocks, block, tensor, places[0], k0, k1)
+        _set_signs(sums, words[0], base, int32(base + (coefficients[0] << 1)), blocks)
     else:
         for i in range(128 * blocks):
             sums[i] = base
     for start in range(alone, directions, SEEDS):
-        for s in range(min(SEEDS, directions - start)):  # beyond, twice is 0 whatever the words are
-            _words(words[s], blocks, block, counters[start + s], k0, k1)
-        _add_signs(sums, words, twice[start:], blocks)
+        q0, q1, q2, q3 = int32(0), int32(0), int32(0), int32(0)
+        these = min(SEEDS, directions - start)
+        for s in range(these):
+            _words(words[SEEDS - these + s], blocks, block, tensor, places[start + s], k0, k1)
+            q0, q1, q2, q3 = q1, q2, q3, int32(coefficients[start + s] << 1)
+        _add_signs(sums, words, q0, q1, q2, q3, blocks)
 
 
 @_loop
@@ -175,7 +184,8 @@ def _sum_of_ones(
     sums: NDArray[int32],
     words: NDArray[uint32],
     coefficients: NDArray[int32],
-    counters: NDArray[uint32],
+    places: NDArray[int64],
+    tensor: int,
     k0: uint32,
     k1: uint32,
     block: int,
@@ -183,8 +193,8 @@ def _sum_of_ones(
 ) -> None:
     for i in range(4 * blocks):
         sums[i] = 0
-    for s in range(len(counters)):
-        _words(words, blocks, block, counters[s], k0, k1)
+    for s in range(coefficients.size):
+        _words(words, blocks, block, tensor, places[s], k0, k1)
         _add_ones(sums, words, coefficients[s], blocks)
 
 
@@ -192,13 +202,13 @@ def _run(
     weights_at: Any,
     out_at: Any,
     mask_at: Any,
-    factors_at: Any,
-    counters_at: Any,
+    coefficients_at: Any,
+    places_at: Any,
     scratch_at: Any,
     d: int,
     first: int,
     directions: int,
-    base: int32,
+    tensor: int,
     k0: uint32,
     k1: uint32,
     scale: float,
@@ -211,8 +221,8 @@ def _run(
     weights = carray(weights_at, d, float32)
     out, out16 = carray(out_at, d, float32), carray(out_at, d, uint16)
     mask = carray(mask_at, (first + d + 7) >> 3, uint8)
-    factors = carray(factors_at, directions + SEEDS - 1, int32)
-    counters = carray(counters_at, (directions, 3), uint32)
+    coefficients = carray(coefficients_at, directions, int32)
+    places = carray(places_at, (directions, 2), int64)
     scratch = carray(scratch_at, (3, TILE), uint32)
     sums, real = scratch[0].view(int32), scratch[1].view(float32)
     words = scratch[2].reshape(4, TILE // 4)
@@ -224,9 +234,10 @@ def _run(
         before = first + done - start
         n = min(TILE - before, d - done)
         if gaussian:
-            _sum_of_ones(sums, words, factors, counters, k0, k1, start >> 2, (before + n + 3) >> 2)
+            _sum_of_ones(sums, words, coefficients, places, tensor, k0, k1, start >> 2, (before + n + 3) >> 2)
         else:
-            _sum_of_signs(sums, words_of_signs, base, factors, counters, k0, k1, start >> 7, (before + n + 127) >> 7)
+            blocks = (before + n + 127) >> 7
+            _sum_of_signs(sums, words_of_signs, coefficients, places, tensor, k0, k1, start >> 7, blocks)
         if masked:
             _keep(sums, mask[start >> 3 :], before + n)
         these = sums[before : before + n]
@@ -257,7 +268,7 @@ def _compile() -> Callable[..., int]:
     for function in _loops:
         globals()[function.__name__] = numba.njit(nogil=True, error_model="numpy")(function)
     address, count, word, real, flag = types.voidptr, types.int64, types.uint32, types.float32, types.boolean
-    arguments = [*[address] * 6, *[count] * 3, types.int32, word, word, real, real, *[flag] * 3]
+    arguments = [*[address] * 6, *[count] * 4, word, word, real, real, *[flag] * 3]
     try:
         compiled = numba.cfunc(types.int64(*arguments), cache=True)(_run)
     except RuntimeError:  # no folder that may be written to: compiled in each process
@@ -279,36 +290,26 @@ def add_on_cpu(
     out: Tensor,
 ) -> int:
     """`lattice_add` of checked arguments, with at least one weight."""
-    run, d, directions = _compiled(), len(weights), len(coefficients)
-    counters = np.empty((directions, 3), uint32)
-    counters[:, 0], counters[:, 1:] = tensor, places.numpy()
-    factors = np.zeros(directions + SEEDS - 1, int32)
-    factors[:directions] = coefficients.numpy()
-    base, gaussian = 0, distribution == "gaussian"
-    if not gaussian:
-        # A sign is 2 bit - 1, so what is added is twice the coefficient where the bit is set, and its opposite
-        # everywhere. That may leave the range of int32, and comes back to it.
-        base = -int(factors.sum(dtype=int32))
-        factors <<= 1
+    run, d, directions = _compiled(), weights.numel(), coefficients.numel()
 
     def add(start: int, stop: int, target: Tensor) -> int:
-        scratch = np.empty((3, TILE), uint32)
+        scratch = torch.empty(3 * TILE, dtype=torch.int32)
         return run(
             weights.data_ptr() + 4 * start,
             target.data_ptr(),
             0 if mask is None else mask.data_ptr(),
-            factors.ctypes.data,
-            counters.ctypes.data,
-            scratch.ctypes.data,
+            coefficients.data_ptr(),
+            places.data_ptr(),
+            scratch.data_ptr(),
             stop - start,
             first + start,
             directions,
-            base,
+            tensor,
             key & 0xFFFFFFFF,
             key >> 32,
             2.0**exponent,
             2.0**-exponent,
-            gaussian,
+            distribution == "gaussian",
             mask is not None,
             out.dtype == torch.bfloat16,
         )
@@ -323,7 +324,10 @@ def add_on_cpu(
             out[begin:end].copy_(real[: end - begin])
         return peak
 
-    edges = _edges(d, first, min(torch.get_num_threads(), 1 + d * (directions + 4) // _PART))
+    parts = min(torch.get_num_threads(), 1 + d * (directions + 4) // _PART)
+    if parts == 1:
+        return part(0, d)
+    edges = _edges(d, first, parts)
     others = [_threads(os.getpid()).submit(part, *pair) for pair in pairwise(edges[1:])]
     return max([part(edges[0], edges[1]), *(other.result() for other in others)])
 
