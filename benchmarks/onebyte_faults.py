@@ -3,9 +3,9 @@
     python benchmarks/onebyte_faults.py [--rate 10e6] [--delay 0.05] [--json FILE]
 
 Four machines and a newcomer in the lab, each with its own model, optimizer and log. What is printed: each event, the
-newest round when it happened, and the seconds until all others had committed two more rounds without the machine, or
-until a round had its contribution (again); then for each machine the bytes on its interface per round, and whether its weights, its log and a replay of it agree with all
-the others'.
+newest round when it happened, and the round and seconds until all others had committed two more without the machine, or
+until one had its contribution (again); then for each machine the bytes on its interface per round, and whether its
+weights and its log are those of all others.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def advance(hosts: Sequence[Host], rounds: int) -> None:
 
 
 def lose(story: Story, event: str, number: int, work: Callable[[], None], calm: int) -> None:
-    """Something happens to a machine, and the others go on: two rounds more, as the next one may have been under way."""
+    """Something happens to a machine, and the others go on. Two rounds count: the next one may be all but decided."""
     lost = story.hosts[number]
     others = [h for h in story.hosts if h is not lost and h.lines and h.number not in _away(story)]
     newest = max(host.last_round for host in others)
@@ -167,17 +167,7 @@ def lose(story: Story, event: str, number: int, work: Callable[[], None], calm: 
     began = time.monotonic()
     for host in others:
         host.wait(lambda host: host.last_round > newest + 1)
-    took_s = time.monotonic() - began
-    story.rows.append(
-        {
-            "event": event,
-            "machine": number,
-            "in round": newest,
-            "after s": took_s,
-            "others went on to": newest + 2,
-            "machine in": "-",
-        }
-    )
+    _note(story, event, number, newest, time.monotonic() - began, newest + 2)
     advance(others, calm)
 
 
@@ -189,17 +179,14 @@ def regain(story: Story, event: str, number: int, work: Callable[[], None], calm
     began = time.monotonic()
     work()
     host.wait(lambda host: host.last_round > max(own, newest))
-    took_s = time.monotonic() - began
-    story.rows.append(
-        {
-            "event": event,
-            "machine": number,
-            "in round": newest,
-            "after s": took_s,
-            "round": host.last_round,
-        }
-    )
+    _note(story, event, number, newest, time.monotonic() - began, host.last_round)
     advance([*others, host], calm)
+
+
+def _note(story: Story, event: str, number: int, at_round: int, took_s: float, until_round: int) -> None:
+    story.rows.append(
+        {"event": event, "machine": number, "in round": at_round, "overcome in round": until_round, "after s": took_s}
+    )
 
 
 def _away(story: Story) -> set[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import heapq
-import os
 import random
+import secrets
 import struct
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 
 from thinwire.comm.onebyte.exchange import Change
 from thinwire.comm.onebyte.log import Log
-from thinwire.comm.onebyte.membership.core import Core, Me, Outgoing, Seat
+from thinwire.comm.onebyte.membership.core import Core, Outgoing
 from thinwire.comm.onebyte.membership.errors import ModelMismatchError
 from thinwire.comm.onebyte.membership.frame import parse_frame
 from thinwire.comm.onebyte.membership.ledger import Ledger
+from thinwire.comm.onebyte.membership.place import Me
 from thinwire.comm.onebyte.membership.promise import Promise
 from thinwire.comm.onebyte.membership.settings import MembershipSettings
 from thinwire.comm.onebyte.membership.steps import Steps
+from thinwire.comm.onebyte.membership.work import Seat
 from thinwire.comm.onebyte.rounds import Record, Round
 
 MANIFEST = b"a run of numbers"
@@ -29,8 +32,15 @@ RUN = hashlib.sha256(MANIFEST).digest()[:8]
 SNAPSHOT_EVERY = 7
 
 
+_MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
+
+
 def memory_log() -> Log:
-    return Log(os.memfd_create("log"), Path("memory"), MANIFEST, read_only=False)
+    """A log in memory where the system has such files, under no name."""
+    path = _MEMORY / f"thinwire-{secrets.token_hex(8)}.log"
+    log = Log.create(path, MANIFEST)
+    path.unlink()
+    return log
 
 
 class Numbers:
@@ -126,7 +136,7 @@ class Machine:
 
     def follow_up(self) -> None:
         self.run.check(self)
-        if self.waiting and not self.core.is_open(self.waiting):
+        if self.waiting and not self.core.work.is_open(self.waiting):
             self.model.carry_out(self.steps.changes_for_commit())
             self.waiting = None
         if not self.evaluating and not self.waiting and not self.core.failure:

@@ -43,7 +43,7 @@ def everyone_goes_on(run: Simulation, rounds: int = 3, limit_s: float = 100.0) -
     """All that are up commit some more rounds, with all of them in the roster, and agree on all."""
     up = [m for m in run.machines if m.alive and not m.stopped]
     goal = max(m.ledger.log.rounds for m in up) + rounds
-    run.run_until(lambda: all(m.ledger.log.rounds >= goal and m.core.member for m in up), limit_s)
+    run.run_until(lambda: all(m.ledger.log.rounds >= goal and m.core.place.member for m in up), limit_s)
     run.check_models()
 
 
@@ -110,7 +110,7 @@ def test_random_lives_end_with_one_history_and_all_machines_in_it() -> None:
     for seed in range(SCHEDULES):
         run = live(seed)
         undone += sum(m.ledger.undone for m in run.machines)
-        elections += sum(m.core.elections for m in run.machines)
+        elections += sum(m.core.election.won for m in run.machines)
         for machine in run.machines:
             machine.disk.log.close()
     assert undone > 0, "no schedule has superseded a round: they are too tame"
@@ -157,11 +157,11 @@ def test_one_of_three_is_lost_and_comes_back(fault: str, who: str) -> None:
         run.run_for(10)
         assert victim.ledger.committed <= committed + 1, "a minority commits nothing new"
         assert not victim.core.leads
-    slot = victim.core.slot
+    slot = victim.core.place.slot
     run.group = {}
     victim.boot() if fault == "killed" else victim.go_on()
     everyone_goes_on(run)
-    assert victim.core.slot == slot, "its old slot"
+    assert victim.core.place.slot == slot, "its old slot"
     last = records(others[0], Round)[-1]
     assert slot in [c.slot for c in last.contributions]
 
@@ -169,7 +169,7 @@ def test_one_of_three_is_lost_and_comes_back(fault: str, who: str) -> None:
 def test_two_machines_survive_the_junior_and_never_split() -> None:
     run = together(2)
     senior, junior = run.machines
-    assert (senior.core.slot, junior.core.slot) == (0, 1)
+    assert (senior.core.place.slot, junior.core.place.slot) == (0, 1)
     run.group = {junior.address: 1}
     before = run.rounds
     run.run_until(lambda: senior.ledger.log.rounds > before + 3, 60)
@@ -189,7 +189,7 @@ def test_a_slow_machine_is_given_up_at_the_deadline_and_asked_for_fewer_samples(
     for work_s in (0.2, 0.2, 3.0):
         run.add(work_s, samples=8)
     slow = run.machines[2]
-    run.run_until(lambda: slow.core.member is not None and slow.core.member.samples == 2, 300)
+    run.run_until(lambda: slow.core.place.member is not None and slow.core.place.member.samples == 2, 300)
     rounds = records(run.machines[0], Round)
     assert any(len(r.contributions) == 2 for r in rounds)
     run.check_models()
@@ -198,23 +198,23 @@ def test_a_slow_machine_is_given_up_at_the_deadline_and_asked_for_fewer_samples(
 def test_a_machine_that_stays_away_loses_its_place_and_gets_it_back() -> None:
     run = together(3)
     victim = run.machines[1]
-    slot = victim.core.slot
+    slot = victim.core.place.slot
     victim.kill()
     run.run_until(lambda: slot not in [r.slot for r in leader(run).ledger.roster.members], 120)
     victim.boot()
     everyone_goes_on(run)
-    assert victim.core.slot == slot
+    assert victim.core.place.slot == slot
     assert len({r.slot for r in leader(run).ledger.roster.members}) == 3
 
 
 def test_a_machine_that_lost_its_disk_comes_back_as_another() -> None:
     run = together(3)
     victim = run.machines[1]
-    slot = victim.core.slot
+    slot = victim.core.place.slot
     victim.kill(lose_disk=True)
     victim.boot()
     everyone_goes_on(run)
-    assert victim.core.slot == 3
+    assert victim.core.place.slot == 3
     assert sorted(r.slot for r in leader(run).ledger.roster.members) == sorted({0, 1, 2, 3} - {slot})
 
 
@@ -222,7 +222,7 @@ def test_newcomers_join_while_others_fail_and_the_donor_dies() -> None:
     run = together(3)
     newcomer = run.add(contacts=(1,))
     run.run_until(lambda: len(newcomer.ledger.log) > 0, 20)
-    assert newcomer.core.member is None or len(newcomer.ledger.log) < len(run.machines[0].ledger.log)
+    assert newcomer.core.place.member is None or len(newcomer.ledger.log) < len(run.machines[0].ledger.log)
     donor = leader(run)
     donor.kill()
     run.tell_lost(donor.address)
@@ -257,7 +257,9 @@ def test_leaving_takes_effect_and_the_last_one_ends_alone() -> None:
     order[0].kill()
     order[0].boot()
     run.run_until(lambda: run.rounds > 20, 60)
-    assert [r.slot for r in order[2].ledger.roster.members] == sorted([order[0].core.slot, order[2].core.slot])
+    assert [r.slot for r in order[2].ledger.roster.members] == sorted(
+        [order[0].core.place.slot, order[2].core.place.slot]
+    )
 
 
 def test_a_flipped_bit_is_found_at_the_snapshot_and_the_weights_are_made_anew() -> None:
@@ -325,7 +327,7 @@ def test_stale_and_foreign_frames_count_for_nothing() -> None:
     boss = leader(run)
     member = next(m for m in run.machines if m is not boss)
     log, epoch = boss.ledger.log, boss.ledger.roster.epoch
-    good = {"secret": b"", "term": boss.core.promise.term, "chain": log.chain(len(log))}
+    good = {"secret": b"", "term": boss.core.place.promise.term, "chain": log.chain(len(log))}
     bad = [
         {**good, "secret": b"guess"},
         {**good, "term": good["term"] + 1},
@@ -335,23 +337,23 @@ def test_stale_and_foreign_frames_count_for_nothing() -> None:
     taken = boss.core._leader
     assert taken is not None
     for keys in bad:
-        frame = pack_frame(RUN, log.rounds, epoch, member.core.slot, b"abc", **keys)
+        frame = pack_frame(RUN, log.rounds, epoch, member.core.place.slot, b"abc", **keys)
         boss.core.receive(member.address, parse_frame(frame, RUN), run.now)
-        assert member.core.slot not in taken._codes
+        assert member.core.place.slot not in taken._codes
     for fields in [
         (log.rounds, epoch + 1, 3),
         (log.rounds + 1, epoch, 3),
         (log.rounds - 1, epoch, 3),
         (log.rounds, epoch, 4),
     ]:
-        frame = pack_frame(RUN, fields[0], fields[1], member.core.slot, bytes(fields[2]), **good)
+        frame = pack_frame(RUN, fields[0], fields[1], member.core.place.slot, bytes(fields[2]), **good)
         boss.core.receive(member.address, parse_frame(frame, RUN), run.now)
-        assert member.core.slot not in taken._codes
-    frame = pack_frame(RUN, log.rounds, epoch, member.core.slot, b"abc", **good)
+        assert member.core.place.slot not in taken._codes
+    frame = pack_frame(RUN, log.rounds, epoch, member.core.place.slot, b"abc", **good)
     boss.core.receive("elsewhere:1", parse_frame(frame, RUN), run.now)
-    assert member.core.slot not in taken._codes
+    assert member.core.place.slot not in taken._codes
     boss.core.receive(member.address, parse_frame(frame, RUN), run.now)
-    assert taken._codes.get(member.core.slot) == b"abc" or log.rounds > parse_frame(frame, RUN).round
+    assert taken._codes.get(member.core.place.slot) == b"abc" or log.rounds > parse_frame(frame, RUN).round
 
 
 @given(st.integers(1, 9), st.sets(st.integers(0, 8)), st.sets(st.integers(0, 8)))

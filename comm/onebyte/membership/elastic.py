@@ -13,15 +13,17 @@ from collections.abc import Callable, Sequence
 from thinwire.comm.onebyte.exchange import Change, Turn
 from thinwire.comm.onebyte.log import Log
 from thinwire.comm.onebyte.membership.connections import Connections
-from thinwire.comm.onebyte.membership.core import Core, Me, Seat
+from thinwire.comm.onebyte.membership.core import Core
 from thinwire.comm.onebyte.membership.errors import MessageError, NoQuorumError
 from thinwire.comm.onebyte.membership.frame import RUN_BYTES, Frame
 from thinwire.comm.onebyte.membership.handshake import TO_TAKE_PART, Greeting
 from thinwire.comm.onebyte.membership.ledger import Ledger
 from thinwire.comm.onebyte.membership.messages import NO_SLOT, Control
+from thinwire.comm.onebyte.membership.place import Me
 from thinwire.comm.onebyte.membership.promise import PromiseFile
 from thinwire.comm.onebyte.membership.settings import MembershipSettings, join_address, split_address
 from thinwire.comm.onebyte.membership.steps import Model, Steps
+from thinwire.comm.onebyte.membership.work import Seat
 
 _TICKS_PER_HEARTBEAT = 4
 
@@ -112,7 +114,11 @@ class Membership:
                 if seat is not None:
                     self._seat = seat
                     return seat.turn
-                if not self._core.ledger.has_changes and not self._core.ledger.must_rebuild and not self._core.hash_due:
+                if (
+                    not self._core.ledger.has_changes
+                    and not self._core.ledger.must_rebuild
+                    and not self._core.work.hash_due
+                ):
                     self._lock.wait(self._settings.heartbeat_s)
 
     def commit(self, turn: Turn, codes: bytes, rate: float) -> Sequence[Change]:
@@ -129,7 +135,7 @@ class Membership:
             self._core.contribute(seat, codes, rate, time.monotonic())
             self._flush_soon()
             self._lock.notify_all()
-            while self._core.is_open(seat):
+            while self._core.work.is_open(seat):
                 self._raise_if_over()
                 self._lock.wait(self._settings.heartbeat_s)
             self._raise_if_over()
@@ -148,17 +154,17 @@ class Membership:
         with self._lock:
             core, traffic = self._core, self._connections.traffic
             return {
-                "rounds_committed": float(core.rounds_committed),
-                "rounds_missed": float(core.rounds_missed),
+                "rounds_committed": float(core.work.committed),
+                "rounds_missed": float(core.work.missed),
                 "rounds_undone": float(self._ledger.undone),
-                "elections": float(core.elections),
+                "elections": float(core.election.won),
                 "sent_bytes": float(traffic.sent_bytes),
                 "received_bytes": float(traffic.received_bytes),
                 "contribution_bytes": float(traffic.frame_bytes),
                 "contributions_sent": float(traffic.frames),
                 "connections_refused": float(traffic.refused),
                 "members": float(len(self._ledger.roster.members)),
-                "slot": float(-1 if core.slot == NO_SLOT else core.slot),
+                "slot": float(-1 if core.place.slot == NO_SLOT else core.place.slot),
                 "leads": float(core.leads),
             }
 
@@ -194,7 +200,7 @@ class Membership:
         problems = "; ".join(f"{address} {what}" for address, what in self._connections.problems.items() if address)
         return (
             f"nothing has been committed for {seconds:.0f} s (give_up_s). Members: {members}. This machine is slot "
-            f"{self._core.slot if self._core.slot != NO_SLOT else 'none'}, the leader "
+            f"{self._core.place.slot if self._core.place.slot != NO_SLOT else 'none'}, the leader "
             f"{self._core.leader_address or 'unknown'}. {problems or 'No connection failed'}. More than half of the "
             "members must reach each other, or half of them with the lowest slot"
         )

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from thinwire.comm.onebyte.membership import messages as m
+from thinwire.comm.onebyte.membership.admission import Admission
 from thinwire.comm.onebyte.membership.frame import Frame
 from thinwire.comm.onebyte.membership.messages import NO_SLOT
-from thinwire.comm.onebyte.rounds import Contribution, Member, Record, Roster, Round, Snapshot
+from thinwire.comm.onebyte.membership.peer import SILENT, Peer
+from thinwire.comm.onebyte.rounds import Contribution, Record, Roster, Round, Snapshot
 
 if TYPE_CHECKING:
     from thinwire.comm.onebyte.membership.core import Core
 
 _CHUNK_BYTES = 1 << 16
 _CHUNK_RECORDS = 4096
-_SILENT = float("-inf")
-
-
-@dataclass
-class Peer:
-    """A machine that is sent records.
-
-    slot: the one that it claims. match: so many records it holds, in this term. next: the first record to send.
-    probing: what it holds is not known, or it has been sent a part; wait for its answer. late: its last contribution
-    missed the deadline, so do not wait for the next. heard, sent: moments. join: what it asked for, while it is not in
-    the roster as it wants; assigned: the slot that it shall have then.
-    """
-
-    address: str
-    slot: int
-    next: int
-    heard: float
-    match: int = 0
-    sent: float = _SILENT
-    probing: bool = True
-    late: bool = False
-    join: m.Join | None = None
-    assigned: int = NO_SLOT
-
-    def claim(self, slot: int) -> None:
-        """The machine at this address says that it has this slot. What another one there held says nothing of it."""
-        if slot != self.slot:
-            self.slot, self.match = slot, 0
 
 
 class Leader:
@@ -57,12 +29,9 @@ class Leader:
         self._start = len(core.ledger.log)
         self._codes: dict[int, bytes] = {}
         self._reports: dict[int, bytes] = {}
-        self._missed: Counter[int] = Counter()
-        self._wanted: dict[int, int] = {}
-        self._assigned: dict[str, int] = {}
         self._opened = now
-        self.leaving: set[int] = set()
         self.peers: dict[str, Peer] = {}
+        self.admission = Admission(core, self.peers)
         self._meet_roster(now)
         for peer in self.peers.values():
             self._send(peer, now)
@@ -76,11 +45,11 @@ class Leader:
             if self._slot_of(address) == NO_SLOT and now - peer.heard > 4 * settings.suspicion_s:
                 del self.peers[address]
         reachable = self._slots(p for p in self.peers.values() if now - p.heard <= 2 * settings.suspicion_s)
-        if not self._ledger.has_quorum(reachable | {self._core.slot}):
+        if not self._ledger.has_quorum(reachable | {self._core.place.slot}):
             self._resign(now)
         elif (
             self._codes
-            and self._core.own_contribution() is None
+            and self._core.work.contribution is None
             and now - self._opened > settings.deadline_s + settings.suspicion_s
         ):
             # The others need not wait for this machine's evaluation.
@@ -93,7 +62,7 @@ class Leader:
             lengths = sorted({len(ledger.log), *(p.match for p in self.peers.values() if p.match >= self._start)})
             for length in reversed(lengths):
                 holders = self._slots(p for p in self.peers.values() if p.match >= max(length, self._start))
-                if length <= ledger.committed or not ledger.has_quorum(holders | {core.slot}):
+                if length <= ledger.committed or not ledger.has_quorum(holders | {core.place.slot}):
                     continue
                 tip_matters = not isinstance(ledger.log[length - 1], Round) or ledger.snapshot_due
                 if ledger.commit_to(length) and tip_matters:
@@ -103,7 +72,7 @@ class Leader:
                 break
             if ledger.committed < len(ledger.log):
                 return
-            if core.member is None:
+            if core.place.member is None:
                 self._resign(now)
                 return
             record = self._next_record(now)
@@ -114,17 +83,33 @@ class Leader:
     def lost(self, address: str) -> None:
         """The connection to an address broke."""
         if address in self.peers:
-            self.peers[address].heard = _SILENT
+            self.peers[address].heard = SILENT
             self.peers[address].probing = True
 
-    def take_own(self, now: float) -> None:
+    def take(self, sender: str, message: m.Control | Frame, now: float) -> None:
+        """What only a leader is sent."""
+        if isinstance(message, Frame):
+            self.take_frame(sender, message, now)
+        elif isinstance(message, m.Join):
+            if self.admission.take_join(sender, message, now):
+                peer = self.peers[sender]
+                if now - peer.sent >= self._settings.heartbeat_s / 4:
+                    self._send(peer, now, only_heartbeat=True)
+        elif isinstance(message, m.HashReport):
+            self.take_report(sender, message, now)
+        elif isinstance(message, m.Leave):
+            self.admission.leaving.add(message.slot)
+        elif isinstance(message, m.Samples):
+            self.admission.wanted[message.slot] = message.samples
+
+    def take_own(self) -> None:
         """See what this machine itself contributes."""
-        own = self._core.own_contribution()
+        own = self._core.work.contribution
         if own is not None:
-            self._codes[self._core.slot] = own[0]
-        report = self._core.own_report()
+            self._codes[self._core.place.slot] = own[0]
+        report = self._core.work.report
         if report is not None:
-            self._reports[self._core.slot] = report.model_hash
+            self._reports[self._core.place.slot] = report.model_hash
 
     def take_frame(self, sender: str, frame: Frame, now: float) -> None:
         """A contribution; of a round that is closed it only shows that the sender lives."""
@@ -140,7 +125,7 @@ class Leader:
         for length in range(len(ledger.log), -1, -1):
             if length < len(ledger.log) and isinstance(ledger.log[length], Round):
                 return
-            if frame.is_from(core.secret, core.promise.term, ledger.log.chain(length)):
+            if frame.is_from(core.secret, core.place.term, ledger.log.chain(length)):
                 break
         else:
             return
@@ -179,60 +164,15 @@ class Leader:
         if report.rounds == self._ledger.snapshot_due:
             self._reports[report.slot] = report.model_hash
 
-    def take_join(self, sender: str, join: m.Join, now: float) -> None:
-        """A machine wants to take part, or to go on."""
-        core, ledger = self._core, self._ledger
-        same_name = next((r for r in ledger.roster.members if r.name == join.name), None)
-        if same_name and (same_name.slot != join.slot or same_name.address != sender):
-            holder = self.peers.get(same_name.address)
-            if same_name.address == core.me.address or (
-                same_name.address != sender and holder and now - holder.heard < self._settings.suspicion_s
-            ):
-                core.send(sender, m.Refuse(f"another machine is called {join.name!r}: give it another `name`"))
-                return
-        slot = self._slot_for(sender, join)
-        if slot is None:
-            core.send(sender, m.Refuse("the run has had 65535 machines, and there is no slot left"))
-            return
-        peer = self.peers.setdefault(sender, Peer(sender, join.slot, len(ledger.log), now))
-        peer.heard = now
-        peer.claim(join.slot)
-        at_home = any((r.slot, r.name, r.address) == (slot, join.name, sender) for r in ledger.roster.members)
-        peer.join, peer.assigned = (None, NO_SLOT) if at_home else (join, slot)
-        if join.slot != slot:
-            core.send(sender, m.Assign(slot))
-        if now - peer.sent >= self._settings.heartbeat_s / 4:
-            self._send(peer, now, only_heartbeat=True)
-
-    def want_samples(self, slot: int, samples: int) -> None:
-        """A member can do more or less per round."""
-        self._wanted[slot] = samples
-
     # The rest is the leader's own.
 
     def _slot_of(self, address: str) -> int:
         return next((r.slot for r in self._ledger.roster.members if r.address == address), NO_SLOT)
 
-    def _slot_for(self, sender: str, join: m.Join) -> int | None:
-        """Its old slot, if it remembers having had one; otherwise one that nobody ever had."""
-        if join.slot != NO_SLOT and self._ledger.name_of_slot(join.slot) == join.name:
-            return join.slot
-        taken = {r.slot for r in self._ledger.roster.members}
-        if sender not in self._assigned or self._ledger.name_of_slot(self._assigned[sender]) not in (None, join.name):
-            self._assigned.pop(sender, None)
-        if sender in self._assigned and join.slot == NO_SLOT and self._assigned[sender] in taken:
-            del self._assigned[sender]  # it had it, and forgot
-        if sender not in self._assigned:
-            slot = max([self._ledger.highest_slot, *self._assigned.values()]) + 1
-            if slot >= NO_SLOT:
-                return None
-            self._assigned[sender] = slot
-        return self._assigned[sender]
-
     def _meet_roster(self, now: float) -> None:
         """Have a peer for every member."""
         for member in self._ledger.roster.members:
-            if member.slot == self._core.slot:
+            if member.slot == self._core.place.slot:
                 continue
             peer = self.peers.get(member.address)
             if peer is None:
@@ -278,7 +218,7 @@ class Leader:
         core.send(
             peer.address,
             m.Propose(
-                core.promise.term,
+                core.place.term,
                 index,
                 self._ledger.check(index),
                 self._start,
@@ -294,12 +234,7 @@ class Leader:
         self._ledger.append(record)
         if isinstance(record, Roster):
             self._meet_roster(now)
-            self._wanted = {}
-            members = {r.slot: r for r in record.members}
-            for peer in self.peers.values():
-                member = members.get(peer.assigned)
-                if peer.join and member and (member.name, member.address) == (peer.join.name, peer.address):
-                    peer.join, peer.assigned = None, NO_SLOT
+            self.admission.settle(record)
         else:
             self._codes, self._reports = {}, {}
             self._opened = now
@@ -312,14 +247,14 @@ class Leader:
         """What to propose now that all before is committed."""
         if self._ledger.snapshot_due:
             return self._snapshot(now)
-        return self._changed_roster(now) or self._round(now)
+        return self.admission.changed_roster(now) or self._round(now)
 
     def _round(self, now: float) -> Round | None:
-        own = self._core.own_contribution()
+        own = self._core.work.contribution
         ledger = self._ledger
         if own is None or (ledger.log.rounds == 0 and len(ledger.roster.members) < self._settings.wait_for):
             return None
-        self._codes[self._core.slot] = own[0]
+        self._codes[self._core.place.slot] = own[0]
         slots = {r.slot for r in ledger.roster.members}
         waited = [p for p in self.peers.values() if p.slot in slots and not p.late and self._lives(p, now)]
         missing = [p for p in waited if p.slot not in self._codes]
@@ -328,7 +263,7 @@ class Leader:
         for peer in missing:
             peer.late = True
         for slot in slots:
-            self._missed[slot] = 0 if slot in self._codes else self._missed[slot] + 1
+            self.admission.count_round(slot, missed=slot not in self._codes)
         contributions = tuple(Contribution(slot, self._codes[slot]) for slot in sorted(self._codes) if slot in slots)
         return Round(ledger.log.rounds, own[1], contributions)
 
@@ -339,51 +274,18 @@ class Leader:
             if ledger.has_quorum({slot for slot, found in self._reports.items() if found == model_hash}):
                 return Snapshot(rounds, model_hash)
         slots = {r.slot for r in ledger.roster.members}
-        living = {p.slot for p in self.peers.values() if p.slot in slots and self._lives(p, now)} | {self._core.slot}
-        if living <= self._reports.keys() and ledger.has_quorum(self._reports.keys()):
+        living = {p.slot for p in self.peers.values() if p.slot in slots and self._lives(p, now)}
+        living.add(self._core.place.slot)
+        overdue = now - self._opened >= self._settings.deadline_s
+        if (overdue or living <= self._reports.keys()) and ledger.has_quorum(self._reports.keys()):
             self._reports = {}
             for address, peer in self.peers.items():
                 if peer.slot in living:
                     self._core.send(address, m.Rebuild(rounds))
-            self._core.rebuild(rounds)
+            self._core.work.rebuild(rounds)
         return None
-
-    def _changed_roster(self, now: float) -> Roster | None:
-        ledger = self._ledger
-        old = {r.slot: r for r in ledger.roster.members}
-        new = dict(old)
-        for address, peer in self.peers.items():
-            join = peer.join
-            if join is None or join.slot != peer.assigned or not self._lives(peer, now):
-                continue
-            if peer.slot in old:  # it has moved
-                new[peer.slot] = replace(old[peer.slot], address=address)
-            elif self._is_proven(join) and peer.match >= ledger.committed - 1:
-                for slot, member in old.items():  # whoever listened there, or had that name, is no more
-                    if address == member.address or join.name == member.name:
-                        new.pop(slot, None)
-                new[peer.slot] = Member(peer.slot, join.name, address, join.samples)
-            self._missed[peer.slot] = 0
-        for slot, samples in self._wanted.items():
-            if slot in new:
-                new[slot] = replace(new[slot], samples=samples)
-        for slot in old:
-            gone = self._missed[slot] >= self._settings.remove_after and slot != self._core.slot
-            if slot in self.leaving or gone:
-                new.pop(slot, None)
-        self.leaving &= old.keys()
-        if new == old or not new:
-            self._core.left |= not new
-            return None
-        return Roster(ledger.roster.epoch + 1, tuple(new[slot] for slot in sorted(new)))
-
-    def _is_proven(self, join: m.Join) -> bool:
-        snapshots = self._ledger.newest_snapshots(2)
-        if not snapshots:
-            return (join.proof_rounds, join.proof) == (0, self._core.me.base_hash)
-        return any((join.proof_rounds, join.proof) == (s.rounds, s.model_hash) for s in snapshots)
 
     def _resign(self, now: float, *, patience_s: float = 0.0) -> None:
         for address in self.peers:
-            self._core.send(address, m.Resign(self._core.promise.term))
+            self._core.send(address, m.Resign(self._core.place.term))
         self._core.step_down(now, patience_s=patience_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from typing import NoReturn
 
 from thinwire.comm.onebyte.exchange import Change
 from thinwire.comm.onebyte.log import Log, LogError
@@ -65,6 +66,12 @@ class Ledger:
     def base(self) -> bytes:
         """The chain hash up to and with the last round: what a contribution to the next round is based on."""
         return self.log.chain(self._round_end)
+
+    @property
+    def newest_round(self) -> Round | None:
+        """The last round, if there is one."""
+        record = self.log[self._round_end - 1] if self._round_end else None
+        return record if isinstance(record, Round) else None
 
     @property
     def snapshot_due(self) -> int:
@@ -165,12 +172,7 @@ class Ledger:
         if length >= len(self.log):
             return
         if length < self.committed:
-            raise HistoryError(
-                f"the leader's history differs from this machine's at record {length}, which was committed: two runs "
-                "of one manifest have met, or machines have lost their logs and gone on. Decide which log is right and "
-                "start the others anew from it",
-                operation="onebyte/log",
-            )
+            self.refuse_history(length)
         for index in reversed(range(length, min(self._handed, len(self.log)))):
             record = self.log[index]
             self.undone += isinstance(record, Round)
@@ -187,6 +189,15 @@ class Ledger:
             self._round_end -= 1
         while self._round_end and not isinstance(self.log[self._round_end - 1], Round):
             self._round_end -= 1
+
+    def refuse_history(self, index: int) -> NoReturn:
+        """Raises HistoryError: the leader's records before or at `index` are not this machine's committed ones."""
+        raise HistoryError(
+            f"the leader's history differs from this machine's at record {index} or before, which was committed: two "
+            "runs of one manifest have met, or machines have lost their logs and gone on. Decide which log is right "
+            "and start the others anew from it",
+            operation="onebyte/log",
+        )
 
     def commit_to(self, length: int) -> bool:
         """Take the first `length` records as committed. Returns whether that is news."""

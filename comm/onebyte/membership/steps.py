@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from thinwire.comm.onebyte.exchange import Change
-from thinwire.comm.onebyte.membership.core import Core, Seat
+from thinwire.comm.onebyte.membership.core import Core
 from thinwire.comm.onebyte.membership.errors import ModelMismatchError
+from thinwire.comm.onebyte.membership.work import Seat
 from thinwire.comm.onebyte.rounds import Snapshot
 
 
@@ -64,7 +65,7 @@ class Steps:
             with self._lock:
                 rebuild = core.ledger.must_rebuild
                 changes = core.ledger.take_changes()
-                due = core.hash_due
+                due = core.work.hash_due
                 seat = core.seat()
             if rebuild:
                 self._rebuild()
@@ -89,10 +90,10 @@ class Steps:
 
     def _check_base(self) -> None:
         found = self._model.model_hash()
-        if found != self._core.me.base_hash:
+        if found != self._core.place.me.base_hash:
             raise ModelMismatchError(
                 f"the base model's weights have the SHA-256 {found.hex()}, but the run's manifest says "
-                f"{self._core.me.base_hash.hex()}: start from the model that the run started from"
+                f"{self._core.place.me.base_hash.hex()}: start from the model that the run started from"
             )
         self._is_base_checked = True
         with self._lock:
