@@ -1,12 +1,12 @@
-"""Claim: who joins a one-byte run after 10,000 rounds takes its log in one pass, far faster than by an axpy per seed.
+"""Claim: who joins a one-byte run after 10,000 rounds replays its log far faster than by an axpy for each seed.
 
     python benchmarks/onebyte_replay.py [--rounds 10000] [--stepped 500] [--seeds 20] [--json FILE]
 
-A log of the 3 M GPT's weights, whose slopes are drawn at random, is replayed: in one pass, and one pass for each round
-(`stepped_s`, measured for the first rounds and scaled to all). Beside it, what eager PyTorch takes for as many
-directions, each a torch.randn and an add_ per tensor (`eager_s`, measured for a few and scaled). `equal`: fused and
-stepped weights have the same SHA-256 after the rounds that were stepped. All may use the same number of threads;
-PyTorch's generator on the CPU uses one.
+A log of the 3 M GPT's weights, whose slopes are drawn at random, is replayed: many rounds in each pass over the
+weights, and one in each (`stepped_s`, measured for the first rounds and scaled to all). Beside it, what eager PyTorch
+takes for as many directions, each a torch.randn and an add_ per tensor (`eager_s`, measured for a few and scaled).
+`equal`: fused and stepped weights have the same SHA-256 after the rounds that were stepped. All may use the same number
+of threads; PyTorch's generator on the CPU uses one.
 """
 
 from __future__ import annotations

@@ -164,6 +164,7 @@ def link_slow(
 
 
 LogFile = Annotated[Path, typer.Argument(metavar="LOG", help="Log of a one-byte run.", show_default=False)]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 _BASE_HELP = "What the run began at: a .safetensors file, a Hugging Face folder, a checkpoint or a run folder."
 
 
@@ -176,22 +177,24 @@ def onebyte_replay(
     step_by_step: Annotated[
         bool, typer.Option("--step-by-step", help="One pass over the weights for each round: same bits, slower.")
     ] = False,
+    device: Device = "cpu",
 ) -> None:
     """Make the weights of a run again from its base and its log."""
     from thinwire.launch.onebyte import replay as run
 
-    raise typer.Exit(run(log, base, out, until=until, step_by_step=step_by_step))
+    raise typer.Exit(run(log, base, out, until=until, step_by_step=step_by_step, device=device))
 
 
 @onebyte_app.command("verify")
 def onebyte_verify(
     log: LogFile,
     base: Annotated[Path | None, typer.Option(metavar="MODEL", help=_BASE_HELP, show_default=False)] = None,
+    device: Device = "cpu",
 ) -> None:
     """Check every byte of a log and, with the base, the weights at every snapshot."""
     from thinwire.launch.onebyte import verify as run
 
-    raise typer.Exit(run(log, base))
+    raise typer.Exit(run(log, base, device=device))
 
 
 @onebyte_app.command("inspect")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from thinwire.comm.onebyte.log import Log, LogError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from thinwire.comm.onebyte.replay import Replayed
     from thinwire.dist.base_model import BaseModel
 
@@ -20,7 +22,9 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def replay(path: Path, base: Path, out: Path, *, until: int | None, step_by_step: bool) -> int:
+def replay(
+    path: Path, base: Path, out: Path, *, until: int | None = None, step_by_step: bool = False, device: str = "cpu"
+) -> int:
     """Write the weights that a log makes of a base; returns the exit code: 0, 2 for the user's mistake, 1 else."""
 
     def work() -> int:
@@ -30,10 +34,10 @@ def replay(path: Path, base: Path, out: Path, *, until: int | None, step_by_step
         if out.suffix != ".safetensors":
             return _complain(f"--out {out}: give a name that ends with .safetensors", USER_ERROR)
         with Log.open(path, read_only=True) as log:
-            model = _open_base(log, base)
+            model, weights = _open_base(log, base, device)
             began = time.monotonic()
             with _progress(log.rounds if until is None else until) as progress:
-                found = run(log, model.trained(), until=until, step_by_step=step_by_step, progress=progress)
+                found = run(log, weights, until=until, step_by_step=step_by_step, progress=progress)
             took_s = time.monotonic() - began
         tensors, ties = model.replaced(found.tensors)
         facts = {"onebyte": f"rounds {found.rounds}, model {found.model_hash.hex()}"}  # one entry: their order varies
@@ -47,7 +51,7 @@ def replay(path: Path, base: Path, out: Path, *, until: int | None, step_by_step
     return _run(work)
 
 
-def verify(path: Path, base: Path | None) -> int:
+def verify(path: Path, base: Path | None, *, device: str = "cpu") -> int:
     """Check a log's chain, and with the base the weights at every snapshot; returns the exit code."""
 
     def work() -> int:
@@ -59,9 +63,9 @@ def verify(path: Path, base: Path | None) -> int:
                 return 0
             from thinwire.comm.onebyte.replay import verify as run
 
-            model = _open_base(log, base)
+            _, weights = _open_base(log, base, device)
             with _progress(log.rounds) as progress:
-                found = run(log, model.trained(), progress=progress)
+                found = run(log, weights, progress=progress)
         print(_hash_line(found))
         return 0
 
@@ -88,11 +92,19 @@ def inspect(path: Path, as_json: bool) -> int:
     return _run(work)
 
 
-def _open_base(log: Log, base: Path) -> BaseModel:
-    from thinwire.comm.onebyte.replay import manifest_of
-    from thinwire.dist.base_model import open_base
+def _open_base(log: Log, base: Path, device: str) -> tuple[BaseModel, dict[str, Tensor]]:
+    """The base, and its trained tensors on a device."""
+    import torch
 
-    return open_base(base, manifest_of(log).tensors)
+    from thinwire.comm.onebyte.replay import manifest_of
+    from thinwire.dist.base_model import BaseModelError, open_base
+
+    model = open_base(base, manifest_of(log).tensors)
+    try:
+        return model, {name: tensor.to(device) for name, tensor in model.trained().items()}
+    except (RuntimeError, AssertionError) as error:
+        usable = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise BaseModelError(f"--device {device}: {error}; usable here: {', '.join(usable)}") from None
 
 
 def _hash_line(found: Replayed) -> str:

@@ -72,7 +72,7 @@ def test_every_form_of_base(run: tuple[Path, dict[str, Tensor]], tmp_path: Path,
     (folder := tmp_path / "model").mkdir()
     beside = {f"{beginning}frozen": torch.arange(5), "unused": torch.ones(2)}
     base = form(folder, {**{beginning + name: tensor for name, tensor in base_weights().items()}, **beside})
-    assert onebyte.replay(log, base, tmp_path / "new" / "out.safetensors", until=None, step_by_step=False) == 0
+    assert onebyte.replay(log, base, tmp_path / "new" / "out.safetensors") == 0
     written = load_file(tmp_path / "new" / "out.safetensors")
     expected = {**{beginning + name: tensor for name, tensor in final.items()}, **beside}
     assert sorted(written) == sorted(expected)
@@ -85,7 +85,7 @@ def test_names_that_the_run_had_in_front(tmp_path: Path) -> None:
     final = write_run(tmp_path / "run.log", base, 3)
     save_file({f"transformer.{name}": t for name, t in base_weights().items()}, tmp_path / "base.safetensors")
     out = tmp_path / "out.safetensors"
-    assert onebyte.replay(tmp_path / "run.log", tmp_path / "base.safetensors", out, until=None, step_by_step=True) == 0
+    assert onebyte.replay(tmp_path / "run.log", tmp_path / "base.safetensors", out, step_by_step=True) == 0
     written = load_file(out)
     assert all(torch.equal(written[f"transformer.{n}"], final[f"network.{n}"]) for n in base_weights())
 
@@ -98,7 +98,7 @@ def test_a_16_bit_file_that_was_trained_in_fp32(tmp_path: Path, capsys: pytest.C
     stored = {**half, "head.weight": half["embed.weight"].clone(), "block.1.norm": torch.ones(7, dtype=torch.float16)}
     save_file(stored, tmp_path / "base.safetensors")
     out = tmp_path / "out.safetensors"
-    assert onebyte.replay(tmp_path / "run.log", tmp_path / "base.safetensors", out, until=None, step_by_step=False) == 0
+    assert onebyte.replay(tmp_path / "run.log", tmp_path / "base.safetensors", out) == 0
     assert "head.weight was equal to embed.weight in the base, and follows it" in capsys.readouterr().out
     written = load_file(out)
     assert torch.equal(written["head.weight"], final["embed.weight"])
@@ -117,7 +117,7 @@ def test_as_a_user_types_it(run: tuple[Path, dict[str, Tensor]], tmp_path: Path)
     assert "a.safetensors: 3 tensors, 3 of them trained, after 12 rounds" in done.stdout
     assert "the log confirms it after 10" in done.stdout
     out = tmp_path / "b.safetensors"
-    assert onebyte.replay(log, tmp_path / "base.safetensors", out, until=ROUNDS, step_by_step=True) == 0
+    assert onebyte.replay(log, tmp_path / "base.safetensors", out, step_by_step=True) == 0
     assert out.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
     assert all(torch.equal(load_file(out)[name], final[name]) for name in final)
 
@@ -155,14 +155,16 @@ def test_mistakes(run: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys: p
         "part.safetensors": r"lacks block.0.norm and 1 more of the 3 tensors",
         "final.safetensors": "embed.weight is the first of 3 tensors that differ",
     }.items():
-        assert onebyte.replay(log, tmp_path / model, out, until=None, step_by_step=False) == 2
+        assert onebyte.replay(log, tmp_path / model, out) == 2
         assert message in (told := capsys.readouterr().err), told
         assert told.startswith("thinwire: ")
-    assert onebyte.replay(log, base, tmp_path / "out.pt", until=None, step_by_step=False) == 2
-    assert onebyte.replay(log, base, out, until=13, step_by_step=False) == 2
+    assert onebyte.replay(log, base, tmp_path / "out.pt") == 2
+    assert onebyte.replay(log, base, out, until=13) == 2
     assert onebyte.verify(tmp_path / "no.log", None) == 2
     assert onebyte.inspect(tmp_path / "no.log", as_json=False) == 2
     assert "no.log: No such file or directory" in capsys.readouterr().err
+    assert onebyte.verify(log, base, device="abacus") == 2
+    assert "--device abacus: " in capsys.readouterr().err
     assert not out.exists()
     damaged = bytearray(log.read_bytes())
     damaged[-20] ^= 1
