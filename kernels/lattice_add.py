@@ -89,6 +89,8 @@ def _fastest(device_type: str) -> Callable[..., int]:
         return launch
     if device_type == "cpu" and importlib.util.find_spec("numba") is not None:
         return add_on_cpu
+    if device_type not in ("cpu", "cuda"):
+        return lattice_add_reference
     missing, extra = ("Triton", "triton") if device_type == "cuda" else ("numba", "onebyte")
     warnings.warn(
         f"lattice_add: {missing} is not installed, so PyTorch makes the directions one by one: same result, a hundred "

@@ -166,7 +166,7 @@ def _sum_of_signs(
     alone = directions % SEEDS == 1  # what perturbs has one direction, and nothing to add it to
     if alone:
         _words(words[0], blocks, block, tensor, places[0], k0, k1)
-        _set_signs(sums, words[0], base, int32(base + (coefficients[0] << 1)), blocks)
+        _set_signs(sums, words[0], int32(base), int32(base + (coefficients[0] << 1)), blocks)
     else:
         for i in range(128 * blocks):
             sums[i] = base
@@ -226,7 +226,7 @@ def _run(
     scratch = carray(scratch_at, (3, TILE), uint32)
     sums, real = scratch[0].view(int32), scratch[1].view(float32)
     words = scratch[2].reshape(4, TILE // 4)
-    words_of_signs = scratch[2].reshape(SEEDS, 4, TILE // 4 // SEEDS)
+    words_of_signs = scratch[2][: SEEDS * TILE // 32].reshape(SEEDS, 4, TILE // 128)
     peak = int64(0)
     done = 0
     while done < d:
