@@ -75,14 +75,15 @@ class Admission:
             join = peer.join
             if join is None or join.slot != peer.assigned or now - peer.heard > self._settings.suspicion_s:
                 continue
-            if peer.slot in old:  # it has moved
-                new[peer.slot] = replace(old[peer.slot], address=address)
+            mine = peer.assigned
+            if mine in old:  # it has moved
+                new[mine] = replace(old[mine], address=address)
             elif self._is_proven(join) and peer.match >= ledger.committed - 1:
                 for slot, member in old.items():  # whoever listened there, or had that name, is no more
                     if address == member.address or join.name == member.name:
                         new.pop(slot, None)
-                new[peer.slot] = Member(peer.slot, join.name, address, join.samples)
-            self._missed[peer.slot] = 0
+                new[mine] = Member(mine, join.name, address, join.samples)
+            self._missed[mine] = 0
         for slot, samples in self.wanted.items():
             if slot in new:
                 new[slot] = replace(new[slot], samples=samples)

@@ -194,7 +194,7 @@ class Connections:
             if connection is None and dialled:
                 self._problem(dialled, f"closed the connection without a greeting ({type(error).__name__})")
         finally:
-            writer.transport.abort() if connection is None else writer.close()
+            writer.close()
             if dialled:
                 self._waiting.pop(dialled, None)
             if connection is not None and self._open.get(connection.address) is connection:

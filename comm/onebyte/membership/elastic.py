@@ -169,16 +169,28 @@ class Membership:
             }
 
     def close(self) -> None:
-        """Leave: the others go on without this machine, and take it back when it returns with its log."""
+        """Leave: the others go on without this machine, and take it back when it returns with its log.
+
+        Brings the weights up to date meanwhile, and says their hash where the others wait for it.
+        """
         if self._closing:
             return
         with self._lock:
             self._closing = True
             self._core.leave(time.monotonic())
             self._flush_soon()
-            deadline = time.monotonic() + self._settings.leave_s
-            while not self._core.left and not self._core.failure and time.monotonic() < deadline:
-                self._lock.wait(max(0.0, min(self._settings.heartbeat_s, deadline - time.monotonic())))
+        deadline = time.monotonic() + self._settings.leave_s
+        works = True
+        while not self._core.left and not self._core.failure and time.monotonic() < deadline:
+            if works:
+                try:
+                    self._steps.next()
+                except Exception:  # as begin() would have raised: the weights are no longer anybody's concern
+                    works = False
+            with self._lock:
+                self._flush_soon()
+                if not self._core.left:
+                    self._lock.wait(max(0.0, min(self._settings.heartbeat_s, deadline - time.monotonic())))
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
@@ -269,6 +281,7 @@ def _bind(address: str) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(target)
+        listener.listen()
     except OSError as error:
         listener.close()
         raise OSError(error.errno, f"listen: {address!r} cannot be bound: {error.strerror}") from None
