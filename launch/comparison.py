@@ -76,7 +76,7 @@ def read_outcome(label: str, folder: Path, *, modelled_bps: float | None) -> Run
 def print_table(outcomes: Sequence[RunOutcome], *, title: str) -> None:
     """Print one column per run, the first being what the others are compared with."""
     wide = sys.stdout.isatty()
-    console = Console() if wide else Console(width=100, color_system=None)
+    console = Console() if wide else Console(width=40 + 18 * len(outcomes), color_system=None)
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for outcome in outcomes:
@@ -88,8 +88,8 @@ def print_table(outcomes: Sequence[RunOutcome], *, title: str) -> None:
         (f"seconds per step{times}", lambda o: f"{o.step_s_median:.3f}"),
         ("  compute, ms", lambda o: f"{o.compute_ms_median:.0f}"),
         (f"  exposed communication, ms{times}", lambda o: f"{o.exposed_comm_ms_median:.0f}"),
-        ("sent per rank and step, metered", lambda o: f"{o.sent_bytes_mean / 1e6:.3f} MB"),
-        ("  as the interface counted", lambda o: _mb(o.interface_bytes_mean)),
+        ("sent per rank and step, metered", lambda o: _bytes(o.sent_bytes_mean)),
+        ("  as the interface counted", lambda o: _bytes(o.interface_bytes_mean)),
         ("  interface / metered", _overhead),
         ("steps per second, against the first", lambda o: f"{outcomes[0].step_s_median / o.step_s_median:.2f}x"),
     ]
@@ -126,8 +126,10 @@ def draw_curves(outcomes: Sequence[RunOutcome], path: Path, *, title: str) -> No
     plt.close(figure)
 
 
-def _mb(count: float | None) -> str:
-    return "shared" if count is None else f"{count / 1e6:.3f} MB"
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return "shared"
+    return f"{count / 1e6:.3f} MB" if count >= 1e5 else f"{count:.0f} bytes"
 
 
 def _overhead(outcome: RunOutcome) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,11 @@ from thinwire.launch.lab.units import format_rate
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of the demo: a label for the table, and the settings that make it differ from configs/demo.yaml."""
+    """One run of the demo: a label for the table, and the settings that make it differ from its file in configs/."""
 
     label: str
     overrides: tuple[str, ...]
+    config: str = "demo.yaml"
 
 
 _LOW_RANK = "method={kind: compress, compressor: {kind: lowrank, rank: 16, dtype: bf16}, clip: after}"
@@ -40,6 +42,7 @@ VARIANTS = (
     Variant("all-reduce bf16", ("method.dtype=bf16",)),
     Variant("low rank 16", (_LOW_RANK,)),
     Variant("SparseLoCo", (_SPARSELOCO,)),
+    Variant("one byte, after fp32", ("checkpoint.resume=FOLDER/all-reduce-fp32/checkpoints",), "demo_onebyte.yaml"),
 )
 
 
@@ -63,21 +66,21 @@ def demo(*, hosts: int, rate_bps: float, steps: int | None, folder: Path) -> int
             f"{format_rate(rate_bps)} link would have added.\n"
         )
     outcomes: list[RunOutcome] = []
-    with as_file(files("thinwire.configs") / "demo.yaml") as config:
-        for variant in VARIANTS:
-            name = variant.label.replace(" ", "-")
-            shutil.rmtree(folder / name, ignore_errors=True)
+    for variant in VARIANTS:
+        name = re.sub("[^A-Za-z0-9]+", "-", variant.label)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        print(f"\n--- {variant.label} " + "-" * (60 - len(variant.label)), flush=True)
+        with as_file(files("thinwire.configs") / variant.config) as config:
             command = _command(config, variant, hosts, steps, folder, name)
-            print(f"\n--- {variant.label} " + "-" * (60 - len(variant.label)), flush=True)
             try:
                 code = _run_plainly(command, hosts) if obstacle else _run_in_lab(command, hosts, rate_bps)
             except LabError as error:
                 print(f"thinwire demo: {error}", file=sys.stderr)
                 return 3
-            if code:
-                print(f"thinwire demo: the run {variant.label!r} failed, its messages are above", file=sys.stderr)
-                return code
-            outcomes.append(read_outcome(variant.label, folder / name, modelled_bps=rate_bps if obstacle else None))
+        if code:
+            print(f"thinwire demo: the run {variant.label!r} failed, its messages are above", file=sys.stderr)
+            return code
+        outcomes.append(read_outcome(variant.label, folder / name, modelled_bps=rate_bps if obstacle else None))
     print()
     print_table(
         outcomes, title=f"{hosts} hosts, {format_rate(rate_bps)} each" + (", link modelled" if obstacle else "")
@@ -90,7 +93,8 @@ def demo(*, hosts: int, rate_bps: float, steps: int | None, folder: Path) -> int
 def _command(config: Path, variant: Variant, hosts: int, steps: int | None, folder: Path, name: str) -> list[str]:
     threads = max(1, (os.cpu_count() or 1) // hosts)  # the hosts share this machine's cores
     local_steps = math.gcd(_ROUND, steps or _ROUND)
-    overrides = [override.replace("ROUND", str(local_steps)) for override in variant.overrides]
+    filled_in = (override.replace("ROUND", str(local_steps)) for override in variant.overrides)
+    overrides = [override.replace("FOLDER", str(folder)) for override in filled_in]
     settings = [f"output.folder={folder}", f"name={name}", f"world.threads={threads}", *overrides]
     if steps is not None:
         settings.append(f"train.steps={steps}")

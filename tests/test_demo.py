@@ -16,7 +16,7 @@ def test_in_the_lab_the_interface_confirms_the_meter(tmp_path: Path, capfd: pyte
     said = capfd.readouterr().out
     assert "emulate" not in said
     (ratios,) = [line.split("│")[2:4] for line in said.splitlines() if "interface / metered" in line]
-    assert all(1.0 < float(ratio) < 1.15 for ratio in ratios)
+    assert all(1.0 < float(ratio) < 1.15 for ratio in ratios)  # of the two all-reduces
     assert (tmp_path / "loss.png").exists()
 
 
