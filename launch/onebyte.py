@@ -108,9 +108,11 @@ def _open_base(log: Log, base: Path, device: str) -> tuple[BaseModel, dict[str, 
 
 
 def _hash_line(found: Replayed) -> str:
-    hashed = f"SHA-256 of the weights on their grids after {found.rounds} rounds: {found.model_hash.hex()}"
-    proof = f"the log confirms it after {found.proved}" if found.proved else "the log has no snapshot to confirm it by"
-    return f"{hashed}; {proof}"
+    if found.proved:
+        proof = f"a snapshot in the log confirms the weights after {found.proved} rounds"
+    else:
+        proof = "no snapshot in the log confirms it"
+    return f"SHA-256 of the weights on their grids after {found.rounds} rounds: {found.model_hash.hex()}; {proof}"
 
 
 def _print_torn(log: Log) -> None:

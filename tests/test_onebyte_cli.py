@@ -115,7 +115,7 @@ def test_as_a_user_types_it(run: tuple[Path, dict[str, Tensor]], tmp_path: Path)
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "a.safetensors: 3 tensors, 3 of them trained, after 12 rounds" in done.stdout
-    assert "the log confirms it after 10" in done.stdout
+    assert "a snapshot in the log confirms the weights after 10 rounds" in done.stdout
     out = tmp_path / "b.safetensors"
     assert onebyte.replay(log, tmp_path / "base.safetensors", out, step_by_step=True) == 0
     assert out.read_bytes() == (tmp_path / "a.safetensors").read_bytes()
@@ -129,7 +129,7 @@ def test_verify(run: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys: pyt
     assert "give --base MODEL" in told
     assert onebyte.verify(log, tmp_path / "base.safetensors") == 0
     assert "after 12 rounds: " in (told := capsys.readouterr().out)
-    assert "the log confirms it after 10" in told
+    assert "a snapshot in the log confirms the weights after 10 rounds" in told
     log.write_bytes(log.read_bytes()[:-1])
     assert onebyte.verify(log, None) == 0
     assert "the last 12 bytes are a record that its writer did not finish" in capsys.readouterr().out

@@ -27,6 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "shared, median": {"directions": "shared", "robust": "median"},
     "std, drop": {"step_size": "std", "robust": "drop"},
     "ema": {"step_size": "ema"},
+    "subspace": {"directions": "subspace", "rank": 4},
 }
 
 

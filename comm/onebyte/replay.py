@@ -14,7 +14,7 @@ from thinwire.comm.onebyte.manifest import Manifest
 from thinwire.comm.onebyte.replica import Replica
 from thinwire.comm.onebyte.rounds import Round, Snapshot
 
-_MOST_CONTRIBUTIONS = 1 << 16  # handed to the replica at once: bounds the memory, and how seldom progress is told
+_MOST_CONTRIBUTIONS = 1 << 13  # handed to the replica at once: bounds the memory, and how seldom progress is told
 
 Progress = Callable[[int], None]
 """Told the number of rounds that are carried out."""
