@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from triton_aot import TARGETS, compile_ahead, needs_compiler
 from triton_interpreter import interpreted
 
+from thinwire.kernels import lattice_add as module
 from thinwire.kernels import lattice_add_on_gpu
 from thinwire.kernels.lattice_add import OUT_DTYPES, lattice_add, lattice_add_reference
 
@@ -115,7 +116,7 @@ def test_shards_generate_their_part(cuts: list[int]) -> None:
     assert sha256(torch.cat(shards)) == AFTER
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     d=st.integers(1, 300) | st.integers(1900, 4300),
@@ -128,7 +129,7 @@ def test_shards_generate_their_part(cuts: list[int]) -> None:
 @example(seed=1, d=70_001, directions=3, first=129, distribution="rademacher", masked=True, dtype=FP16)
 @example(seed=2, d=70_001, directions=1, first=2047, distribution="gaussian", masked=True, dtype=BF16)
 @example(seed=3, d=400_000, directions=2, first=5, distribution="rademacher", masked=False, dtype=BF16)
-@example(seed=4, d=300, directions=1000, first=5, distribution="rademacher", masked=False, dtype=FP32)
+@example(seed=4, d=300, directions=200, first=5, distribution="rademacher", masked=False, dtype=FP32)
 def test_cpu_equals_the_reference(seed, d, directions, first, distribution, masked, dtype) -> None:
     case = Case(seed, d, directions, first, distribution, masked and first < 2**33, dtype)
     case.check(lattice_add)
@@ -242,21 +243,18 @@ def test_refuses(changed: dict[str, object], message: str) -> None:
         call(**changed)
 
 
-def test_needs_neither_numba_nor_triton() -> None:
-    program = (
-        "import sys; sys.modules['numba'] = sys.modules['triton'] = None; import torch, warnings\n"
-        "from thinwire.kernels.lattice_add import lattice_add\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    for _ in range(2):\n"
-        "        weights = torch.zeros(4)\n"
-        "        lattice_add(weights, torch.ones(1, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64), key=0,"
-        " tensor=0, exponent=0)\n"
-        "assert weights.tolist() == [1, -1, 1, -1]\n"
-        "print([(warning.category.__name__, str(warning.message)[:42], warning.filename) for warning in caught])"
-    )
-    done = subprocess.run([sys.executable, "-c", program], check=True, timeout=120, capture_output=True, text=True)
-    assert done.stdout == "[('RuntimeWarning', 'lattice_add: numba is not installed, so Py', '<string>')]\n"
+def test_without_numba_warns_once_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    module._fastest.cache_clear()
+    try:
+        weights = BEFORE.clone()
+        with pytest.warns(RuntimeWarning, match=r"numba is not installed.*pip install 'thinwire\[onebyte\]'") as caught:
+            for some in (RECORDS[:2], RECORDS[2:]):
+                replay(weights, some)
+        assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+        assert sha256(weights) == AFTER
+    finally:
+        module._fastest.cache_clear()
 
 
 @interpreted
