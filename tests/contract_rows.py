@@ -207,4 +207,11 @@ METHODS = [
         lossless=False,
         close=False,
     ),
+    Row("onebyte-subspace", enter_onebyte(samples=4, directions="subspace", rank=3), lossless=False, close=False),
+    Row(
+        "onebyte-flood",
+        enter_onebyte(samples=4, exchange={"kind": "flood", "graph": "mesh"}, snapshot_every=2),
+        lossless=False,
+        close=False,
+    ),
 ]

@@ -35,6 +35,10 @@ class Directions(Protocol):
         """
         ...
 
+    def swept(self, cells: Sequence[Cell]) -> int:
+        """Elements of these tensors for each of which a further direction takes a random number of its own."""
+        ...
+
 
 class FullDirections:
     """Directions with an entry of their own for each weight: one more costs one more sweep of random numbers."""
@@ -46,6 +50,10 @@ class FullDirections:
     def add(self, targets: Sequence[Target], places: Tensor) -> list[int]:
         """As Directions says, in one pass over each tensor."""
         return [self._add(target, places) for target in targets]
+
+    def swept(self, cells: Sequence[Cell]) -> int:
+        """All."""
+        return sum(cell.weights.numel() for cell in cells)
 
     def _add(self, target: Target, places: Tensor) -> int:
         cell, units, out = target

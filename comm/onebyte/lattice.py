@@ -109,6 +109,16 @@ class Lattice:
             raise
         self._add(safe, places)
 
+    @property
+    def swept_elements(self) -> int:
+        """Weights for each of which one more direction takes a random number of its own."""
+        return self._directions.swept(self._cells)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first tensor is."""
+        return self._cells[0].weights.device
+
     def decay(self, rate_sum: float) -> None:
         """w <- w - round(w * decay * rate_sum), in whole units; rate_sum: of the learning rates since the last time."""
         self.restore()

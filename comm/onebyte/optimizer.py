@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from thinwire.comm.onebyte.advice import RangeWatch, warn_of_invisible_eps
 from thinwire.comm.onebyte.byte_code import ABSENT, LARGEST, ZERO, ByteCode
 from thinwire.comm.onebyte.canonical import canonical, check_groups, describe_run
+from thinwire.comm.onebyte.cost import CostModel
 from thinwire.comm.onebyte.errors import TornWeightsError
 from thinwire.comm.onebyte.exchange import Exchange, MeteredExchange, Turn
 from thinwire.comm.onebyte.fixed_exchange import FixedExchange
@@ -98,6 +99,7 @@ class OneByteSPSA(torch.optim.Optimizer):
         self._model = model
         self._code = ByteCode(self.manifest.numerics.floor_log2)
         self._watch = RangeWatch(self._code)
+        self._cost = CostModel(self.replica.lattice, self.settings)
         self._fixed: FixedExchange | None = None
         self._own_queue: CommQueue | None = None
         self.log = _open_log(Path(log), manifest) if log is not None else None
@@ -145,7 +147,7 @@ class OneByteSPSA(torch.optim.Optimizer):
         try:
             self.turn = turn = self.exchange.begin()
             with evaluating(self._model):
-                losses, slopes = measure(closure, turn, self.replica, self.settings)
+                losses, slopes = measure(self._cost.timed(closure), turn, self.replica, self.settings)
             codes = bytes(self._code.encode(slope) for slope in slopes)
             changes = self.exchange.commit(turn, codes, rate)
             self.replica.carry_out(changes)
@@ -160,8 +162,15 @@ class OneByteSPSA(torch.optim.Optimizer):
             self._watch.take(round_, slopes if round_.number == turn.round else ())
         if self._fixed is not None:
             self._write_down(rounds, self._fixed)
+        if self.replica.newest is not None:
+            self._cost.tell(_contributions(self.replica.newest))
         finite = [loss for loss in losses if math.isfinite(loss)]
         return math.fsum(finite) / len(finite) if finite else math.nan
+
+    def describe(self) -> str:
+        """What applying contributions costs beside measuring them. The first step logs it, too, once it knows."""
+        newest = self.replica.newest
+        return self._cost.describe(_contributions(newest) if newest else None)
 
     def predicted_bytes(self) -> dict[str, int]:
         """Bytes that this rank sends in a round of a fixed job, by level: one for each direction and other rank."""
@@ -264,6 +273,10 @@ class OneByteSPSA(torch.optim.Optimizer):
         if not 0 <= first < math.inf:
             raise ValueError(f"OneByteSPSA: lr is {first}; it must be a finite number, not below 0")
         return float(torch.tensor(first, dtype=torch.float32))
+
+
+def _contributions(round_: Round) -> int:
+    return sum(len(contribution.codes) for contribution in round_.contributions)
 
 
 def _open_log(path: Path, manifest: bytes) -> Log:

@@ -18,7 +18,7 @@ one direction's rows * columns, it is renewed in every round by default.
 Exact: U, V and C are whole numbers. A partial sum of U C, or of (U C) V^T, in whatever order it is added up, is a
 whole number of at most sum |C|, and fp32 holds all of those up to 2^24. Beyond, or where PyTorch may round factors
 (TF32), the product is made in fp64, which holds all up to 2^53. What is added to weights within 2^24 units is then
-exact in fp32, or ends beyond 2^24, also after rounding, and is reported.
+exact in fp32, or ends beyond 2^24, also after rounding, and is reported. Powers of two, as the unit, change nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from thinwire.kernels.philox import philox
 _EXACT = 1 << 24
 _MOST_PERIODS = 16  # bases of which a pass over the weights takes up the directions
 _MOST_SIGNS = 1 << 28  # of all tensors' bases in a pass
-_PART = {"cpu": 1 << 17, "cuda": 1 << 24}  # elements of a product: so that it stays in the cache
+_PART = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements of a product, which on a CPU stays in the cache
 _SIGNS_PER_BLOCK = 128
 
 
@@ -78,10 +78,9 @@ class SubspaceDirections:
         product = iter(self._add(matrices, places))
         return [next(product if target.cell.index in self._row else full) for target in targets]
 
-    @property
-    def matrices(self) -> list[Cell]:
-        """The tensors that have a subspace."""
-        return list(self._matrices)
+    def swept(self, cells: Sequence[Cell]) -> int:
+        """Those of the tensors without a subspace."""
+        return self._full.swept([cell for cell in cells if cell.index not in self._row])
 
     def _add(self, targets: Sequence[Target], places: Tensor) -> list[int]:
         peaks = [0] * len(targets)
@@ -175,10 +174,12 @@ class _Product:
         if not self._factors:
             return 0
         cell, device = self._cell, out.device
+        # The weights are perturbed at present, perhaps. Where all sums fit, they may begin with the weights.
+        fits = cell.peak + cell.amplitude + self._bound < _EXACT and cell.mask is None
         dtype = torch.float32 if self._bound < _EXACT and _fp32_products_are_exact() else torch.float64
         unit = 2.0**-cell.entry.exponent
         with torch.autocast(device.type, enabled=False):
-            left = torch.cat([_times(u, c, dtype) for u, c, _ in self._factors], dim=1)
+            left = torch.cat([_times(u, c, dtype) for u, c, _ in self._factors], dim=1).mul_(unit)
             right = torch.cat([v.to(dtype) for _, _, v in self._factors], dim=1).t()
             weights, image = cell.weights.view(self._rows, -1), out.view(self._rows, -1)
             moves = None if cell.mask is None else _unpack(cell.mask, len(out)).view(self._rows, -1)
@@ -186,13 +187,18 @@ class _Product:
             height = max(1, _PART.get(device.type, 1 << 24) // self._columns)
             for start in range(0, self._rows, height):
                 part = slice(start, start + height)
-                change = left[part] @ right
-                if moves is not None:
-                    change *= moves[part]
-                sums = change.mul_(unit).add_(weights[part])
+                if fits and dtype == torch.float32:
+                    begin = image[part].addmm_ if out is cell.weights else weights[part].addmm
+                    sums = begin(left[part], right)
+                else:
+                    change = left[part] @ right
+                    if moves is not None:
+                        change *= moves[part]
+                    sums = change.add_(weights[part])
+                if sums.data_ptr() != image[part].data_ptr():
+                    image[part].copy_(sums)
                 low, high = sums.aminmax()
                 peak = torch.maximum(peak, torch.maximum(-low, high))
-                image[part].copy_(sums)
         return int(float(peak) * 2.0**cell.entry.exponent)
 
 
