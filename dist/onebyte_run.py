@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from thinwire.comm.onebyte.exchange import Change, Exchange, Turn
 from thinwire.comm.onebyte.log import Log
+from thinwire.comm.onebyte.membership.door import elastic
 from thinwire.comm.onebyte.membership.elastic import Membership
 from thinwire.comm.onebyte.membership.settings import MembershipSettings
 from thinwire.comm.onebyte.optimizer import Join
@@ -92,16 +93,10 @@ def joining(settings: OneByteRunSettings, world: World) -> Join | None:
             "fixed job needs no membership"
         )
 
+    found = elastic(membership)
+
     def join(manifest: bytes, log: Log, replica: Replica) -> Exchange:
-        exchange = Membership(
-            manifest,
-            log,
-            replica,
-            membership,
-            base_hash=replica.base_hash,
-            snapshot_every=settings.snapshot_every,
-        )
-        return TimedExchange(exchange)
+        return TimedExchange(found(manifest, log, replica))
 
     return join
 

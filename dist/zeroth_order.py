@@ -25,7 +25,7 @@ from thinwire.dist.onebyte_run import OneByteRunSettings, TimedExchange, joining
 from thinwire.dist.optimizers import learning_rate
 from thinwire.dist.step_reports import NonFiniteError, StepReports
 from thinwire.dist.stop import StopRequest
-from thinwire.dist.task import build_task, compare_with_others, computing, evaluate_task
+from thinwire.dist.task import Task, build_task, compare_with_others, computing, evaluate_task
 from thinwire.dist.train import Outcome
 from thinwire.dist.world import World
 
@@ -68,8 +68,7 @@ class ZerothOrderTrainer:
         self.stop = stop or StopRequest()
         self._join = joining(self.settings, world)
         self.micro_batch, self.micro_batches = config.train.share(world.size)
-        self.task = build_task(config, world.device)
-        started_from = _load_start(self.task.model, config, world)
+        self.task, started_from = self._begin()
         compare_with_others(self.task, config.resolved(), world)
         self.parameters = sum(p.numel() for p in self.task.network.parameters())
         self.learning = sum(p.numel() for p in self.task.network.parameters() if p.requires_grad)
@@ -84,6 +83,7 @@ class ZerothOrderTrainer:
             log=path,
             queue=None if self._join else world.queue,
             join=self._join,
+            base=(lambda: dict(self._begin()[0].network.named_parameters())) if self._join else None,
             **self.settings.of_optimizer(),
         )
         finished = self.method.replica.rounds
@@ -97,6 +97,11 @@ class ZerothOrderTrainer:
         self._last: Record | None = None
         self._elastic_before: dict[str, float] = {}
         self._batches: tuple[Turn, list[Batch]] | None = None
+
+    def _begin(self) -> tuple[Task, str]:
+        """The task with the base weights, and where these are from, if not from the configuration."""
+        task = build_task(self.config, self.world.device)
+        return task, _load_start(task.model, self.config, self.world)
 
     def describe(self) -> str:
         """A few lines for the start of the run: model, data, batch, and what a round costs."""

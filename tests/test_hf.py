@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import Rank, run_ranks
+from safetensors.torch import load_file
 from worlds import close_world, small_settings, thread_world
 
+from thinwire.comm.onebyte.log import Log
+from thinwire.comm.onebyte.manifest import Manifest
 from thinwire.dist.config import RunConfig
 from thinwire.dist.models.class_words import CausalWords
 from thinwire.dist.models.hf import HFSettings, Pretrained, load_pretrained
 from thinwire.dist.prompts import Prompts
 from thinwire.dist.task import build_task
 from thinwire.dist.train import Outcome, Trainer
+from thinwire.dist.zeroth_order import ZerothOrderTrainer
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -195,6 +199,8 @@ def labelled_config(folder: Path, model: Path, **changes: object) -> RunConfig:
         },
     }
     settings |= changes
+    if settings["method"]["kind"] == "onebyte":
+        del settings["optimizer"]
     return RunConfig.model_validate(json.loads(json.dumps(settings)))
 
 
@@ -226,3 +232,30 @@ def test_only_the_named_parameters_learn(folders: dict[str, Path], tmp_path: Pat
         build_task(
             labelled_config(tmp_path, folders["encoder"], train={**train, "parameters": ["encoder.layer.7.*"]}), CPU
         )
+
+
+def test_a_run_by_forward_passes_has_the_names_of_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = labelled_config(
+        tmp_path,
+        folders["masked"],
+        train={"steps": 3, "global_batch": 8, "eval_batch": 5, "parameters": ["bert.encoder.*"]},
+        method={"kind": "onebyte", "lr": 1e-2, "samples": 2, "estimate": "one_sided", "step_size": "ema"},
+    )
+
+    def work(rank: Rank) -> Outcome:
+        world = thread_world(rank)
+        try:
+            return ZerothOrderTrainer(config, world).run()
+        finally:
+            close_world(world)
+
+    (outcome,) = run_ranks(1, work)
+    assert outcome.last is not None
+    assert "val_accuracy" in outcome.last
+    stored = load_file(config.folder / "model.safetensors")
+    original = load_file(folders["masked"] / "model.safetensors")
+    assert set(stored) >= set(original)
+    learnt = {name for name in original if not torch.equal(stored[name], original[name])}
+    with Log.open(config.folder / "onebyte.log", read_only=True) as log:
+        assert learnt == {tensor.name for tensor in Manifest.from_bytes(log.manifest).tensors}
+    assert learnt == {name for name in original if name.startswith("bert.encoder.")}
