@@ -7,6 +7,7 @@ import itertools
 import re
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -249,10 +250,13 @@ def test_without_numba_warns_once_and_gives_the_same(monkeypatch: pytest.MonkeyP
     try:
         weights = BEFORE.clone()
         with pytest.warns(RuntimeWarning, match=r"numba is not installed.*pip install 'thinwire\[onebyte\]'") as caught:
-            for some in (RECORDS[:2], RECORDS[2:]):
-                replay(weights, some)
+            replay(weights, RECORDS)
         assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
         assert sha256(weights) == AFTER
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            replay(weights, RECORDS, sign=1)
+        assert torch.equal(weights, BEFORE)
     finally:
         module._fastest.cache_clear()
 
