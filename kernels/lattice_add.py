@@ -19,7 +19,6 @@ OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXPONENTS = range(-100, 127)  # 2^-k and 24 bits above it are fp32 numbers
 
 
-@torch.no_grad()
 def lattice_add(
     weights: Tensor,
     coefficients: Tensor,
@@ -96,11 +95,12 @@ def _fastest(device_type: str) -> Callable[..., int]:
         f"lattice_add: {missing} is not installed, so PyTorch makes the directions one by one: same result, a hundred "
         f"times slower; pip install 'thinwire[{extra}]' brings it",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
     return lattice_add_reference
 
 
+@torch.no_grad()
 def lattice_add_reference(
     weights: Tensor,
     coefficients: Tensor,

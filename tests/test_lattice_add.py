@@ -147,6 +147,16 @@ def test_cpu_equals_the_reference_on_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
 
 
+def test_parameters_may_be_weights_and_outputs() -> None:
+    weights = torch.nn.Parameter(torch.zeros(400_000))
+    out = torch.nn.Parameter(torch.zeros(400_000, dtype=FP16))
+    lattice_add(weights, *as_arguments(RECORDS), key=0, tensor=0, exponent=4, out=out)
+    replay(weights, RECORDS)
+    assert torch.equal(out, (weights * 2.0**16).half())
+    assert out.is_leaf
+    assert weights.is_leaf
+
+
 def test_ranks_that_are_threads_may_add_at_the_same_time() -> None:
     weights = [BEFORE.clone() for _ in range(4)]
     ranks = [threading.Thread(target=replay, args=(mine, RECORDS * 11)) for mine in weights]
