@@ -22,7 +22,7 @@ from thinwire.comm.onebyte.rounds import Round
 
 MANIFEST = b"an integer"
 SNAPSHOT_EVERY = 10
-GATE_EVERY = 50
+GATE_EVERY = 20
 WORK_S = 0.01
 
 

@@ -23,7 +23,7 @@ from thinwire.comm.onebyte.membership.quorum import is_quorum
 from thinwire.comm.onebyte.membership.settings import MembershipSettings, join_address, split_address
 from thinwire.comm.onebyte.rounds import Member, Roster, Round
 
-SCHEDULES = 40
+SCHEDULES = 25
 
 
 def together(machines: int, seed: int = 0, **settings: object) -> Simulation:
@@ -195,6 +195,17 @@ def test_a_slow_machine_is_given_up_at_the_deadline_and_asked_for_fewer_samples(
     run.check_models()
 
 
+def test_a_leader_whose_evaluation_is_too_slow_hands_over() -> None:
+    run = Simulation(0, wait_for=3, deadline_s=2.0)
+    for work_s in (60.0, 0.2, 0.2):
+        run.add(work_s)
+    slow = run.machines[0]
+    run.run_until(lambda: run.rounds >= 20, 200)
+    assert run.now < 60 + 60, "the others have not waited for each of its evaluations"
+    assert not slow.core.leads
+    run.check_models()
+
+
 def test_a_machine_that_stays_away_loses_its_place_and_gets_it_back() -> None:
     run = together(3)
     victim = run.machines[1]
@@ -207,11 +218,15 @@ def test_a_machine_that_stays_away_loses_its_place_and_gets_it_back() -> None:
     assert len({r.slot for r in leader(run).ledger.roster.members}) == 3
 
 
-def test_a_machine_that_lost_its_disk_comes_back_as_another() -> None:
+@pytest.mark.parametrize("lost", ["disk", "log"])
+def test_a_machine_that_lost_its_disk_comes_back_as_another(lost: str) -> None:
     run = together(3)
     victim = run.machines[1]
     slot = victim.core.place.slot
+    promise = victim.disk.promise
     victim.kill(lose_disk=True)
+    if lost == "log":
+        victim.disk.promise = promise
     victim.boot()
     everyone_goes_on(run)
     assert victim.core.place.slot == 3
@@ -230,6 +245,22 @@ def test_newcomers_join_while_others_fail_and_the_donor_dies() -> None:
     donor.boot()
     everyone_goes_on(run)
     assert sorted(r.slot for r in leader(run).ledger.roster.members) == [0, 1, 2, 3]
+
+
+def test_a_newcomer_does_not_make_a_minority_a_quorum() -> None:
+    """The leader and a newcomer are half of the new roster, with the senior; the two others a quorum of the old one."""
+    came_in_time = 0
+    for moment in range(12):
+        run = together(3, seed=moment)
+        newcomer = run.add()
+        run.run_until(lambda: newcomer.core.place.slot == 3, 20)  # noqa: B023
+        run.run_for(0.06 * moment)
+        run.group = {newcomer.address: 1, leader(run).address: 1}
+        run.run_for(20)
+        came_in_time += newcomer.core.place.member is not None
+        run.group = {}
+        everyone_goes_on(run)
+    assert came_in_time > 0, "every cut came before the new roster was proposed"
 
 
 def test_everybody_dies_and_the_run_goes_on() -> None:

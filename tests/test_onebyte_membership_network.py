@@ -120,7 +120,7 @@ def test_strangers_do_not_disturb_and_leave_nothing_open(tmp_path: Path) -> None
                     [b"GET / HTTP/1.1\r\n\r\n", bytes(200), b"\xff" * 200, secrets.token_bytes(300)][number % 4]
                 )
         a.work(10)
-        with pytest.raises((MessageError, PeerLostError), match="same secret|the same on all machines"):
+        with pytest.raises((MessageError, PeerLostError), match=r"same secret|the same on all machines"):
             fetch_manifest(a.address, secret="guess")
         assert fetch_manifest(a.address, secret="hush") == MANIFEST
         a.work(20)

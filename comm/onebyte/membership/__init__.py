@@ -22,13 +22,14 @@ place of a term in each record, as in Viewstamped Replication (Liskov and Cowlin
 5. A new roster takes effect when it is appended. Until it is committed, quorums of the old and of the new one are
    needed, for commits and elections alike. Whoever still knows only the old one needs a quorum of the old one, of which
    the holders of a committed new one are a part.
-6. A slot speaks only through the machine that kept its promise file. One that lost its disk comes back as a new
-   machine in a new slot, and takes the place of the old one.
+6. A slot speaks only through the machine that kept its promise file and its log. One that lost either comes back as a
+   new machine in a new slot, and takes the place of the old one.
 
 What it needs to go on: a quorum of the roster that reach each other. What it does not withstand: machines that lie (the
 secret keeps strangers out, and a wrong contribution is one of many, see `robust`), and half of the machines losing
 their disks.
 
-core.py decides, without sockets, threads or clocks; leader.py is its part in the lead; ledger.py is the log;
-connections.py moves messages over TCP; steps.py and elastic.py are what the optimizer sees.
+core.py decides, without sockets, threads or clocks; place.py, election.py, work.py, leader.py and admission.py are its
+parts, ledger.py is the log. connections.py moves messages over TCP; steps.py and elastic.py are what the optimizer
+sees, door.py how it gets there.
 """

@@ -165,7 +165,7 @@ class Core:
 
     def _found(self, now: float) -> None:
         me = self.place.me
-        self.place.promise_anew(term=1, slot=0, vote=0)
+        self.place.promise_anew(term=self.place.term + 1, slot=0, vote=0)
         self.ledger.append(Roster(0, (Member(0, me.name, me.address, self.settings.samples),)))
         self.election.win()
 

@@ -181,13 +181,13 @@ class Leader:
     def _slots(self, peers: Iterable[Peer]) -> set[int]:
         """The slots that these machines rightly claim: where the roster knows their address, or the name they joined
         with. A slot that was assigned by a leader that fell may have become another machine's."""
-        rosters = self._ledger.rosters_in_force
+        rosters = [{r.slot: r for r in roster.members} for roster in self._ledger.rosters_in_force]
         return {
             peer.slot
             for peer in peers
-            for roster in rosters
-            for r in roster.members
-            if r.slot == peer.slot and (r.address == peer.address or (peer.join and peer.join.name == r.name))
+            for members in rosters
+            if (member := members.get(peer.slot))
+            and (member.address == peer.address or (peer.join and peer.join.name == member.name))
         }
 
     def _lives(self, peer: Peer, now: float) -> bool:

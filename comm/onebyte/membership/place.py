@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from thinwire.comm.onebyte.membership.ledger import Ledger
+from thinwire.comm.onebyte.membership.messages import NO_SLOT
 from thinwire.comm.onebyte.membership.promise import PromiseStore
 from thinwire.comm.onebyte.rounds import Member
 
@@ -27,6 +28,9 @@ class Place:
         self.promise = promises.load()
         self._ledger = ledger
         self._promises = promises
+        if not len(ledger.log) and self.slot != NO_SLOT:
+            # What it had acknowledged is gone, or it was assigned a slot and had no log yet: a new machine either way.
+            self.promise_anew(slot=NO_SLOT, log_term=0)
 
     @property
     def slot(self) -> int:
