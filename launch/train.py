@@ -118,12 +118,13 @@ def _open_sinks(config: RunConfig, finished_steps: int) -> tuple[list[Sink], flo
 def _leave(world: World, error: BaseException) -> NoReturn:
     """Say what happened, tell the other ranks, and end the process even if a thread of the transport hangs."""
     from thinwire.comm.errors import CommError, NonFiniteWeightsError
+    from thinwire.comm.onebyte.errors import ModelMismatchError, WeightRangeError
     from thinwire.comm.verdict import Verdict
     from thinwire.dist.checkpoint import CheckpointError
     from thinwire.dist.preflight import PreflightError
     from thinwire.dist.step_reports import NonFiniteError
 
-    if isinstance(error, RuntimeError) and not isinstance(error, CommError):
+    if isinstance(error, RuntimeError) and not isinstance(error, (CommError, ModelMismatchError)):
         error = world.queue.blame(error, "train")
     told = f"rank {world.rank} on {world.host}: {type(error).__name__}: {error}"
     users_mistake = isinstance(error, ValueError) and _is_ours(error)
@@ -131,7 +132,10 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
         code = INTERRUPTED
         print(f"rank {world.rank}: interrupted", file=sys.stderr)
-    elif isinstance(error, (CommError, CheckpointError, NonFiniteError, NonFiniteWeightsError)):
+    elif isinstance(
+        error,
+        (CommError, CheckpointError, NonFiniteError, NonFiniteWeightsError, ModelMismatchError, WeightRangeError),
+    ):
         print(told, file=sys.stderr)
     elif isinstance(error, PreflightError):
         if world.local_rank == 0:  # every rank has the same text: once on each host
