@@ -32,14 +32,18 @@ def philox(
     k0 += W0 and k1 += W1, all modulo 2^32. This is the definition that faster forms are held to, and slow.
 
     Args:
-        c0, c1, c2, c3: whole numbers from 0 to 2^32 - 1 or int64 tensors of them, which are broadcast.
+        c0, c1, c2, c3: whole numbers from 0 to 2^32 - 1 or int64 tensors of them, which are broadcast; what has no
+            dimensions may be on another device.
         key: k0 + 2^32 k1.
         rounds: 10; the authors' known answers for 7 are the only use of another number here.
 
     Returns: four int64 tensors with values from 0 to 2^32 - 1.
     """
     check_key(key)
-    a, b, c, d = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in (c0, c1, c2, c3)))
+    counter = (c0, c1, c2, c3)
+    device = next((word.device for word in counter if isinstance(word, Tensor) and word.dim() > 0), None)
+    words = (torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter)
+    a, b, c, d = torch.broadcast_tensors(*words)
     k0, k1 = key & _WORD, key >> 32
     for _ in range(rounds):
         low, high = a * MULTIPLIERS[0], c * MULTIPLIERS[1]  # int64 keeps the low 64 bits, which are all there are

@@ -48,6 +48,10 @@ def test_counters_are_broadcast() -> None:
     assert torch.equal(torch.stack(grid)[:, :, 0], words[:3].T)
 
 
+def test_words_are_where_the_counters_are() -> None:
+    assert direction_reference(300, key=1, tensor=2, place=(3, 4), device="meta").device.type == "meta"
+
+
 def test_signs_are_the_bits() -> None:
     signs = direction_reference(1 << 17, key=0, tensor=0, place=(0, 0)).to(torch.int8)
     assert "".join("-+"[int(sign > 0)] for sign in signs[:16]) == "+-+-+-++---+-+++"
