@@ -57,7 +57,7 @@ class Cell:
 
     def put(self, values: Tensor) -> None:
         """Take values from outside, in the parameter's dtype, to the grid."""
-        self.weights.copy_(values.reshape(-1))
+        self.weights.copy_(values.detach().reshape(-1))
         # Powers of two: only the rounding rounds. Adding 0 makes +0 of -0, which the grid has not.
         self.weights.mul_(self._scale).round_().div_(self._scale).add_(0.0)
         self.peak = self._measured_peak()

@@ -83,7 +83,7 @@ def _checked(loss: Tensor | float) -> float:
         raise ValueError(
             f"OneByteSPSA: the closure gave {type(loss).__name__}, no loss; it must return the mean loss of its batch"
         )
-    return float(loss)
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
 
 
 def _random_state() -> tuple[Tensor, list[Tensor]]:
