@@ -202,6 +202,7 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self._committed: list[bytes] = []
+        self._led: dict[int, list[bytes]] = {}
 
     def add(self, work_s: float = 0.3, *, contacts: Sequence[int] = (0,), **settings: Any) -> Machine:
         number = len(self.machines)
@@ -257,13 +258,20 @@ class Simulation:
         work()
 
     def check(self, machine: Machine) -> None:
-        """What is committed is the same everywhere, for ever."""
+        """What is committed is the same everywhere, for ever; and logs that follow one leader are parts of its log."""
         ledger = machine.ledger
         for length in range(len(self._committed), ledger.committed):
             self._committed.append(ledger.log.chain(length + 1))
         if ledger.committed:
             chain = ledger.log.chain(ledger.committed)
             assert chain == self._committed[ledger.committed - 1], f"two histories: {self.describe()}"
+        length, term = len(ledger.log), machine.core.place.promise.log_term
+        if machine.core.leads:
+            led = self._led.setdefault(term, [])
+            led += [ledger.log.chain(n) for n in range(len(led), length + 1)]
+        if term in self._led:
+            assert length < len(self._led[term]), f"longer than its leader's: {self.describe()}"
+            assert ledger.log.chain(length) == self._led[term][length], f"not its leader's: {self.describe()}"
 
     def check_models(self) -> None:
         """Every machine's weights have taken up exactly the log, once, as far as it was handed out."""
