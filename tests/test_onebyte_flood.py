@@ -192,6 +192,20 @@ def test_rounds_under_way_are_part_of_the_state() -> None:
         assert whole == parts
 
 
+def test_an_absent_slope_counts_on_all_ranks_in_the_step_that_completes_its_round() -> None:
+    def work(rank: Rank) -> list[float]:
+        optimizer, weights = build(rank.queue(), {"kind": "flood", "graph": PATH_OF_4, "hops": 1})
+        absent = []
+        for step in range(5):
+            bad = float("nan") if (rank.rank, step) == (1, 1) else 0.0
+            optimizer.step(lambda bad=bad: weights.detach().square().sum() + bad)
+            absent.append(optimizer.metrics()["absent"])
+        assert bool(weights.isfinite().all())
+        return absent
+
+    assert run_ranks(4, work) == [[0.0, 0.0, 0.0, 2.0, 0.0]] * 4
+
+
 def test_other_graphs_and_other_exchanges_are_found_before_the_first_round() -> None:
     def work(rank: Rank) -> None:
         with pytest.raises(ValueError, match="rank 1 and rank 0 do not have the same exchange"):
