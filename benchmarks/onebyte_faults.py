@@ -121,11 +121,12 @@ class Host:
 
 @dataclass
 class Story:
-    """What happened in a run. interfaces: of each host, over the whole run."""
+    """What happened in a run. interfaces: of each host, over the whole run; calm: before anything happened, a round."""
 
     rows: list[Row] = field(default_factory=list)
     hosts: list[Host] = field(default_factory=list)
     interfaces: list[InterfaceCounters] = field(default_factory=list)
+    calm: list[float] = field(default_factory=list)
 
 
 def play(
@@ -139,7 +140,11 @@ def play(
     try:
         for host in hosts[:FOUNDERS]:
             host.start()
+        advance(hosts[:FOUNDERS], 1)
+        calm_from, first = lab.counters(), hosts[0].last_round
         advance(hosts[:FOUNDERS], calm)
+        calm_rounds = hosts[0].last_round - first
+        story.calm = [(b.tx_bytes - a.tx_bytes) / calm_rounds for a, b in zip(calm_from, lab.counters(), strict=True)]
         regain(story, "a newcomer", FOUNDERS, hosts[FOUNDERS].start_and_wait, calm)
         lose(story, "kill -9 (it leads)", 0, lambda: hosts[0].signal(signal.SIGKILL), calm)
         lose(story, "stop, too", 2, lambda: hosts[2].signal(signal.SIGSTOP), calm)
@@ -212,7 +217,7 @@ def verdicts(story: Story) -> list[Row]:
     longest = max(logs, key=len)
     rows: list[Row] = []
     hashes = {host.end[1] for host in story.hosts if host.end}
-    for host, log, counted in zip(story.hosts, logs, story.interfaces, strict=True):
+    for host, log, counted, calm in zip(story.hosts, logs, story.interfaces, story.calm, strict=True):
         assert host.end is not None
         rounds, _, metrics = host.end
         numbers = [record.number for record in log if isinstance(record, Round)]
@@ -228,6 +233,7 @@ def verdicts(story: Story) -> list[Row]:
                 "rounds": rounds,
                 "with its contribution": in_rounds,
                 "interface bytes sent per round": counted.tx_bytes / rounds,
+                "in calm": calm,
                 "received": counted.rx_bytes / rounds,
                 "undone": int(metrics["rounds_undone"]),
                 "equal weights": "yes" if len(hashes) == 1 else "NO",

@@ -155,6 +155,14 @@ def test_what_a_wrong_start_is_told(tmp_path: Path) -> None:
         a.work(3)
         with pytest.raises(OSError, match=f"listen: '{a.address}' cannot be bound"):
             Machine(tmp_path, "b", listen=a.address)
+        turn = a.exchange.begin()
+        for codes, rate, said in (
+            (b"", 0.5, "0 codes for a turn of 1"),
+            (b"a", 0.1, "0.1 is not"),
+            (b"a", 1e99, "fp32"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                a.exchange.commit(turn, codes, rate)
         a.model.rounds = 1
         with pytest.raises(ValueError, match="taken up 1 of the log's 3 rounds; all or none"):
             Membership(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import hashlib
+import math
 import random
 import socket
 import threading
@@ -124,13 +126,15 @@ class Membership:
     def commit(self, turn: Turn, codes: bytes, rate: float) -> Sequence[Change]:
         """Hand in this machine's codes; blocks until the round is decided, with them or without.
 
-        Raises: as begin().
+        Raises: as begin(); ValueError for what is no answer to the turn.
         """
         seat = self._seat
         assert seat is not None
         assert seat.turn == turn
         if len(codes) != turn.samples:
             raise ValueError(f"{len(codes)} codes for a turn of {turn.samples} samples")
+        if ctypes.c_float(rate).value != rate or math.isinf(rate):
+            raise ValueError(f"rate: {rate!r} is not a finite fp32 number")
         with self._lock:
             self._core.contribute(seat, codes, rate, time.monotonic())
             self._flush_soon()
