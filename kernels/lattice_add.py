@@ -47,10 +47,10 @@ def lattice_add(
     Args:
         weights: fp32 (d,), contiguous: elements first to first + d of the tensor.
         coefficients: int32 (S,), S >= 0.
-        places: int64 (S, 2), contiguous: the second and third word of the directions' counters, 0 to 2^32 - 1.
+        places: int64 (S, 2), contiguous: the last two words of the directions' counters, 0 to 2^32 - 1.
             On a GPU only their low 32 bits are looked at.
         key: of the generator, 64 bits.
-        tensor: the first word of the directions' counters: which tensor this is, 0 to 2^28 - 1.
+        tensor: the second word of the directions' counters: which tensor this is, 0 to 2^28 - 1.
         exponent: k, -100 to 126.
         first: place of weights[0] in the whole tensor.
         distribution: of the elements z; "rademacher": +1 or -1, "gaussian": see `direction_reference`.
