@@ -114,9 +114,8 @@ def gpt_case(folder: Path, options: Namespace) -> Case:
     return Case(
         "gpt",
         {
-            "model": base["model"],
+            "model": base["model"] | {"weights": str(folder / "pretrained")},
             "data": {"corpus": "files", "files": [f"{prose}/*.txt"], "validation_fraction": 0.15},
-            "checkpoint": {"resume": str(folder / "pretrained" / "checkpoints")},
         },
         batch=16,
         evaluations=16,
@@ -170,8 +169,11 @@ def run(folder: Path, name: str, settings: Mapping[str, Any], options: Namespace
         process = subprocess.Popen([sys.executable, "-m", "thinwire", "train", str(config)])
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{name} failed with exit code {process.returncode}")
+        last = (folder / name / "metrics.jsonl").read_text().splitlines()[-1] if process.returncode == 0 else "{}"
+        if json.loads(last).get("step") != settings["train"]["steps"]:
+            raise SystemExit(
+                f"{name} failed or was stopped, exit code {process.returncode}; --keep goes on where it was"
+            )
         done.write_text(json.dumps({"peak_bytes": usage.ru_maxrss * 1024}))
     content: dict[str, Any] = json.loads(done.read_text())
     return content

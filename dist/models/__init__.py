@@ -7,9 +7,8 @@ from typing import Annotated, TypeAlias
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+from thinwire.dist.base_model import read_weights
 from thinwire.dist.models.gpt import GPT, GPTSettings
 from thinwire.dist.models.hf import HFSettings
 
@@ -44,12 +43,12 @@ def build_model(settings: GPTSettings, *, tokenizer_vocab: int, seed: int, devic
 
 def _load_weights(model: GPT, path: Path) -> None:
     try:
-        stored = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"model.weights: {path} cannot be read as a safetensors file: {error}") from None
+        stored = read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"model.weights: {error}") from None
     wanted = model.state_dict()
     wrong = [
-        f"{name}: {list(stored[name].shape) if name in stored else 'nothing'} in the file, "
+        f"{name}: {list(stored[name].shape) if name in stored else 'nothing'} there, "
         f"{list(wanted[name].shape) if name in wanted else 'nothing'} in the model"
         for name in dict.fromkeys((*wanted, *stored))
         if name not in stored or name not in wanted or stored[name].shape != wanted[name].shape

@@ -18,7 +18,8 @@ class GPTSettings(Settings):
 
     vocab: number of token ids; "auto" = as many as the tokenizer has.
     mlp: "gelu" (two matrices, 4 x width hidden) or "swiglu" (three, 8/3 x width rounded up to a multiple of 32).
-    weights: a safetensors file to start from, by parameter name; "" draws them from the seed.
+    weights: what to start from: a safetensors file, a checkpoint, or a run folder with checkpoints; "" draws them from
+      the seed. Unlike with checkpoint.resume, steps are counted from 0 and no optimizer memory is taken over.
     """
 
     kind: Literal["gpt"] = "gpt"
