@@ -263,6 +263,36 @@ def test_a_newcomer_does_not_make_a_minority_a_quorum() -> None:
     assert came_in_time > 0, "every cut came before the new roster was proposed"
 
 
+def test_a_machine_that_flaps_disturbs_nobody() -> None:
+    run = together(3)
+    boss = leader(run)
+    flapping = next(m for m in run.machines if m is not boss)
+    before = boss.ledger.log.rounds
+    for _ in range(12):
+        flapping.stopped = True
+        run.run_for(3)
+        flapping.go_on()
+        run.run_for(1)
+    assert leader(run) is boss
+    assert boss.core.election.won == 1
+    assert boss.ledger.log.rounds > before + 30
+    everyone_goes_on(run)
+
+
+def test_a_killed_leader_is_replaced_within_moments() -> None:
+    took_s = []
+    for seed in range(8):
+        run = together(4, seed=seed)
+        victim = leader(run)
+        others = [m for m in run.machines if m is not victim]
+        victim.kill()
+        run.tell_lost(victim.address)
+        began, before = run.now, max(m.ledger.log.rounds for m in others)
+        run.run_until(lambda: all(m.ledger.log.rounds > before + 1 for m in others), 30)  # noqa: B023
+        took_s.append(run.now - began)
+    assert sorted(took_s)[4] < 2.0, "without waiting for suspicion_s: an election, and two rounds of 0.3 s"
+
+
 def test_everybody_dies_and_the_run_goes_on() -> None:
     run = together(3)
     before = run.rounds

@@ -34,6 +34,7 @@ class Core:
         failure: what ended this machine's part, if anything did.
         left: this machine was asked to leave, and the run goes on without it.
         work: what this machine hands in. election: who leads.
+        unreachable: addresses to which the connection broke, and from which nothing has been heard since.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Core:
         self.place = Place(me, ledger, promises)
         self.work = Work(self.place, ledger, self.secret, adapt_samples=settings.adapt_samples)
         self.election = Election(self.place, ledger, settings, self.send, chance, now)
+        self.unreachable: set[str] = set()
         self._leader: Leader | None = None
         self._leaving = False
         self._proof = (NOT_PROVEN, bytes(32))
@@ -228,6 +230,7 @@ class Core:
         return self._targets.pop(0) if self._targets else None
 
     def _lose(self, address: str, now: float) -> None:
+        self.unreachable.add(address)
         if self._leader:
             self._leader.lost(address)
         elif address == self.election.leader:
@@ -236,6 +239,7 @@ class Core:
 
     def _receive(self, sender: str, message: m.Control | Frame, now: float) -> None:
         election = self.election
+        self.unreachable.discard(sender)
         if isinstance(message, m.Propose):
             self._follow(sender, message, now)
         elif isinstance(message, m.Ack):
@@ -261,7 +265,8 @@ class Core:
                 self.work.rebuild(message.rounds)
         elif isinstance(message, m.Resign):
             if message.term >= self.place.term and sender == election.leader:
-                self._lose(sender, now)
+                election.lost_leader(now)
+                self.work.send_again()
         elif self._leader:
             self._leader.take(sender, message, now)
         elif isinstance(message, m.Join) and election.hears_leader(now) and election.leader not in (None, sender):

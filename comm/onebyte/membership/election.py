@@ -99,6 +99,8 @@ class Election:
         could = (request.log_term, request.length) >= own and not hears and place.slot != NO_SLOT
         if request.asking:
             granted = could and request.term > place.term
+            if granted and not self._votes:
+                self._stand_at = max(self._stand_at, now + self._moment())  # rather than to split the vote
         else:
             if not hears:
                 self.learn_term(request.term, now)
@@ -121,7 +123,7 @@ class Election:
 
     def _stand(self, now: float, *, asking: bool) -> None:
         place = self._place
-        self.put_off(now)
+        self._stand_at = now + self._moment()
         self.leader = None
         self._asking = asking
         self._votes = {place.slot}
@@ -131,6 +133,10 @@ class Election:
         for address in dict.fromkeys(r.address for r in self._others()):
             self._send(address, request)
         self._count(now)
+
+    def _moment(self) -> float:
+        """Seconds until the next attempt to elect somebody: more than a round trip, and not the same everywhere."""
+        return self._chance.uniform(0.5, 2.0) * self._settings.heartbeat_s
 
     def _count(self, now: float) -> None:
         if self._place.is_voter and self._ledger.has_quorum(self._votes):

@@ -176,7 +176,8 @@ class Leader:
                 continue
             peer = self.peers.get(member.address)
             if peer is None:
-                self.peers[member.address] = Peer(member.address, member.slot, len(self._ledger.log), now)
+                heard = SILENT if member.address in self._core.unreachable else now
+                self.peers[member.address] = Peer(member.address, member.slot, len(self._ledger.log), heard)
 
     def _slots(self, peers: Iterable[Peer]) -> set[int]:
         """The slots that these machines rightly claim: where the roster knows their address, or the name they joined
