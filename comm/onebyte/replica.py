@@ -35,17 +35,25 @@ class Replica:
         manifest: of the run.
         parameters: the trained tensors, in the manifest's order, with the base weights.
         base: gives the base weights again, by name; None: rebuild() cannot.
+        code: another than the manifest's, to measure what the byte costs.
     Attributes:
         rounds: how many are carried out.
         newest: the last round carried out, if it is known.
         base_hash: model_hash() before the first round.
     """
 
-    def __init__(self, manifest: Manifest, parameters: Sequence[Tensor], base: Base | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        parameters: Sequence[Tensor],
+        base: Base | None = None,
+        *,
+        code: ByteCode | None = None,
+    ) -> None:
         self.manifest = manifest
         self._base = base
         self._key = key_of(manifest.to_bytes())
-        self._code = ByteCode(manifest.numerics.floor_log2)
+        self._code = code or ByteCode(manifest.numerics.floor_log2)
         self.lattice = Lattice(manifest, parameters, self._key)
         self._progress = Progress()
         self._before: deque[Progress] = deque(maxlen=_UNDOABLE)
