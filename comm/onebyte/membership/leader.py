@@ -59,18 +59,7 @@ class Leader:
         """Commit and propose whatever can be."""
         core, ledger = self._core, self._ledger
         while core.leads and not core.failure:
-            lengths = sorted({len(ledger.log), *(p.match for p in self.peers.values() if p.match >= self._start)})
-            for length in reversed(lengths):
-                holders = self._slots(p for p in self.peers.values() if p.match >= max(length, self._start))
-                if length <= ledger.committed or not ledger.has_quorum(holders | {core.place.slot}):
-                    continue
-                tip_matters = not isinstance(ledger.log[length - 1], Round) or ledger.snapshot_due
-                if ledger.commit_to(length) and tip_matters:
-                    for peer in self.peers.values():
-                        if self._lives(peer, now):
-                            self._send(peer, now, only_heartbeat=True, confirm=False)
-                break
-            if ledger.committed < len(ledger.log):
+            if ledger.committed < len(ledger.log) and not self._commit(now):
                 return
             if core.place.member is None:
                 self._resign(now)
@@ -79,6 +68,22 @@ class Leader:
             if record is None:
                 return
             self._append(record, now)
+
+    def _commit(self, now: float) -> bool:
+        """Whether a quorum holds the last record; all before it are committed.
+
+        Who holds it has all that this leader's log had at its election, hence follows this leader and no older one.
+        """
+        ledger, length = self._ledger, len(self._ledger.log)
+        holders = self._slots(p for p in self.peers.values() if p.match >= length)
+        if not ledger.has_quorum(holders | {self._core.place.slot}):
+            return False
+        ledger.commit_to(length)
+        if ledger.snapshot_due or not ledger.ends_in_round:
+            for peer in self.peers.values():  # who waits to be told
+                if self._lives(peer, now):
+                    self._send(peer, now, only_heartbeat=True, confirm=False)
+        return True
 
     def lost(self, address: str) -> None:
         """The connection to an address broke."""
@@ -211,7 +216,7 @@ class Leader:
             while len(records) > _CHUNK_BYTES and count > 1:
                 count = max(1, count * _CHUNK_BYTES // len(records))
                 records = log.raw(index, index + count)
-            plain = isinstance(log[-1], Round) and not self._ledger.snapshot_due and peer.join is None
+            plain = self._ledger.ends_in_round and not self._ledger.snapshot_due and peer.join is None
             confirm = not plain or count > 1
         peer.next = index + count
         peer.probing |= peer.next < len(log)

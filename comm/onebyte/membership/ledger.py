@@ -68,6 +68,11 @@ class Ledger:
         return self.log.chain(self._round_end)
 
     @property
+    def ends_in_round(self) -> bool:
+        """Whether the last record is a round."""
+        return 0 < self._round_end == len(self.log)
+
+    @property
     def newest_round(self) -> Round | None:
         """The last round, if there is one."""
         record = self.log[self._round_end - 1] if self._round_end else None
