@@ -119,6 +119,7 @@ class ZerothOrderTrainer:
                 f"{train.steps} rounds of {train.global_batch} sequences ({tokens:,} tokens): "
                 f"{self.micro_batches} x {self.micro_batch} on each rank, {evaluations} times",
                 f"method {settings.kind}: in each round, this rank sends {sends}",
+                self.method.describe(),
                 *([self.state.resumed] if self.state.resumed else []),
                 *(["nothing is left to do"] if self.state.step >= train.steps else []),
             )

@@ -70,10 +70,11 @@ class CostModel:
         return run
 
     def tell(self, contributions: int) -> None:
-        """Log describe(), the first time; contributions: of a round."""
+        """Log describe() once it can say more than at the start; contributions: of a round."""
         if not self._told and self._evaluations_s:
             self._told = True
-            _logger.info("%s", self.describe(contributions))
+            if self._settings.directions == "distinct":
+                _logger.info("%s", self.describe(contributions))
 
     def describe(self, contributions: int | None = None) -> str:
         """A line: what applying contributions costs beside measuring them, and what to choose if it is too much."""

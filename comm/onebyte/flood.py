@@ -19,15 +19,21 @@ ceil(D / hops) - 1 steps after its own, so slopes are measured at weights that l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from thinwire.comm.channel import Channel
 from thinwire.comm.onebyte.graph import GraphName, distances, neighbours
 from thinwire.comm.settings import Settings
+
+
+class AllGatherSettings(Settings):
+    """Slopes go straight from every rank to every other."""
+
+    kind: Literal["all_gather"] = "all_gather"
 
 
 class FloodSettings(Settings):
@@ -42,6 +48,16 @@ class FloodSettings(Settings):
     graph: GraphName | tuple[tuple[int, int], ...]
     hops: int | None = Field(None, gt=0)
     redundant: bool = False
+
+
+def _by_name(value: Any) -> Any:
+    return {"kind": value} if isinstance(value, str) else value
+
+
+ExchangeSettings: TypeAlias = Annotated[
+    Annotated[AllGatherSettings | FloodSettings, Field(discriminator="kind")], BeforeValidator(_by_name)
+]
+"""Settings with a `kind`, or the name "all_gather"."""
 
 
 class Flood:

@@ -21,6 +21,7 @@ from thinwire.comm.onebyte.cost import CostModel
 from thinwire.comm.onebyte.errors import TornWeightsError
 from thinwire.comm.onebyte.exchange import Exchange, MeteredExchange, Turn
 from thinwire.comm.onebyte.fixed_exchange import FixedExchange
+from thinwire.comm.onebyte.flood import FloodSettings
 from thinwire.comm.onebyte.log import Log
 from thinwire.comm.onebyte.measure import Closure, evaluating, measure
 from thinwire.comm.onebyte.replica import Base, Replica
@@ -86,7 +87,7 @@ class OneByteSPSA(torch.optim.Optimizer):
         check_groups(self.param_groups)
         if join is not None and (log is None or queue is not None or group is not None):
             raise ValueError("OneByteSPSA: join needs a log, and neither group nor queue")
-        if join is not None and self.settings.exchange != "all_gather":
+        if join is not None and isinstance(self.settings.exchange, FloodSettings):
             raise ValueError("exchange: flood is for the ranks of a fixed job; with join, leave exchange out")
         tensors = canonical(self.param_groups)
         first_rate = float(self.param_groups[0]["lr"])
@@ -239,8 +240,7 @@ class OneByteSPSA(torch.optim.Optimizer):
             self.log.close()
 
     def _fixed_exchange(self, queue: CommQueue | None) -> FixedExchange:
-        chosen = self.settings.exchange
-        flood = None if chosen == "all_gather" else chosen
+        flood = self.settings.exchange if isinstance(self.settings.exchange, FloodSettings) else None
         exchange = FixedExchange(queue, self.manifest, self.settings.samples, self.replica.rounds, flood)
         if self.log is not None:
             last = self.log.roster

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from thinwire.comm.onebyte.byte_code import STEPS_PER_OCTAVE
-from thinwire.comm.onebyte.flood import FloodSettings
+from thinwire.comm.onebyte.flood import AllGatherSettings, ExchangeSettings
 from thinwire.comm.onebyte.manifest import Numerics
 from thinwire.comm.settings import Settings
 
@@ -60,7 +60,7 @@ class OneByteSettings(Settings):
     robust_factor: float = Field(2.5, gt=1)
     slope_floor: float = Field(2.0**-8, ge=2.0**-64, le=2.0**64)
     seed: int = Field(0, ge=0, lt=1 << 63)
-    exchange: Literal["all_gather"] | FloodSettings = "all_gather"
+    exchange: ExchangeSettings = AllGatherSettings()
 
     @model_validator(mode="after")
     def _fit_together(self) -> OneByteSettings:
