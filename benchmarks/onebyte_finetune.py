@@ -117,7 +117,7 @@ def gpt_case(folder: Path, options: Namespace) -> Case:
             "model": base["model"] | {"weights": str(folder / "pretrained")},
             "data": {"corpus": "files", "files": [f"{prose}/*.txt"], "validation_fraction": 0.15},
         },
-        batch=16,
+        batch=8,
         evaluations=16,
         ways=(
             UNTRAINED,
