@@ -134,7 +134,9 @@ class SubspaceDirections:
             blocks = [-(-count // _SIGNS_PER_BLOCK) for count in counts]
             block = torch.cat([torch.arange(number, device=device) for number in blocks])
             which = torch.tensor([cell.index | BASIS << DOMAIN_SHIFT for cell in cells], device=device)
-            words = philox(block, which.repeat_interleave(torch.tensor(blocks, device=device)), period, 0, self._key)
+            which = which.repeat_interleave(torch.tensor(blocks, device=device))
+            time, zero = torch.tensor([period, 0], device=device)
+            words = philox(block, which, time, zero, self._key)
             flat = _signs_of(torch.stack(words, dim=1))
             for cell, count, part in zip(
                 cells, counts, flat.split([_SIGNS_PER_BLOCK * n for n in blocks]), strict=True
