@@ -55,6 +55,7 @@ class Replica:
         self._key = key_of(manifest.to_bytes())
         self._code = code or ByteCode(manifest.numerics.floor_log2)
         self.lattice = Lattice(manifest, parameters, self._key)
+        self._settles = manifest.numerics.kept < 1 or any(entry.decay for entry in manifest.tensors)
         self._progress = Progress()
         self._before: deque[Progress] = deque(maxlen=_UNDOABLE)
         self.newest: Round | None = None
@@ -156,8 +157,7 @@ class Replica:
 
     def _acts_after(self, number: int) -> bool:
         """Whether something happens to the weights between a round and the next."""
-        decays = any(entry.decay for entry in self.manifest.tensors)
-        return self.is_snapshot(number) and (decays or self.manifest.numerics.kept < 1)
+        return self._settles and self.is_snapshot(number)
 
     def _segments(self, rounds: Sequence[Round]) -> Iterator[list[Round]]:
         """Rounds that take one pass over the weights."""
