@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from thinwire.comm.onebyte import subspace
 from thinwire.comm.onebyte.lattice import Lattice
 from thinwire.comm.onebyte.optimizer import OneByteSPSA
 from thinwire.comm.onebyte.rounds import Contribution, Round
@@ -65,8 +66,8 @@ def expected(optimizer: OneByteSPSA, coefficients: Tensor, places: Sequence[tupl
     ]
 
 
-def random_coefficients(count: int, size: int = 1000) -> Tensor:
-    return torch.randint(-size, size, (len(SHAPES), count), generator=torch.Generator().manual_seed(1)).int()
+def random_coefficients(count: int) -> Tensor:
+    return torch.randint(-1000, 1000, (len(SHAPES), count), generator=torch.Generator().manual_seed(1)).int()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,24 +87,37 @@ def test_a_perturbation_is_the_direction_that_the_stream_defines(dtype: torch.dt
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
-@pytest.mark.parametrize("size", [1000, 3_000_000])
-def test_sums_are_those_of_the_definition(size: int, precision: str) -> None:
-    """Also with coefficients whose sum is beyond fp32's whole numbers, and where fp32 products may be rounded."""
+def test_where_pytorch_may_round_factors_products_are_made_in_fp64(precision: Any) -> None:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for device in ("cpu", "cuda"):
+            assert subspace._fp32_products_are_exact(torch.device(device)) == (precision == "highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("count", [2, 4, len(PLACES)])
+def test_sums_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch, count: int, exact: bool) -> None:
+    """With fewer and more directions than vectors, and where fp32 products may be rounded."""
+    monkeypatch.setattr(subspace, "_fp32_products_are_exact", lambda device: exact)
     optimizer = build()
     lattice = optimizer.replica.lattice
     before = units(lattice)
-    coefficients, places = random_coefficients(len(PLACES), size), torch.tensor(PLACES)
-    wanted = expected(optimizer, coefficients, PLACES)
-    if size > 1000:  # most of it is taken away in the same pass, as the weights could not hold it
-        coefficients = torch.cat((coefficients, -coefficients[:, 1:]), dim=1)
-        places = torch.cat((places, places[1:]))
-        wanted = expected(optimizer, coefficients[:, :1], PLACES[:1])
-    torch.set_float32_matmul_precision(precision)
-    try:
-        lattice.add(coefficients, places)
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    for now, was, change in zip(units(lattice), before, wanted, strict=True):
+    coefficients = random_coefficients(count)
+    lattice.add(coefficients, torch.tensor(PLACES[:count]))
+    for now, was, change in zip(units(lattice), before, expected(optimizer, coefficients, PLACES[:count]), strict=True):
+        assert torch.equal(now, was + change)
+
+
+def test_coefficients_beyond_the_whole_numbers_of_fp32_are_added_exactly() -> None:
+    optimizer = build()
+    lattice = optimizer.replica.lattice
+    before = units(lattice)
+    pair = torch.tensor([[(1 << 24) + 1, 2 - (1 << 24)]], dtype=torch.int32)  # the first of them is none of fp32's
+    lattice.add(pair.expand(len(SHAPES), -1).contiguous(), torch.tensor([PLACES[0], PLACES[0]]))
+    three = torch.full((len(SHAPES), 1), 3)
+    for now, was, change in zip(units(lattice), before, expected(optimizer, three, PLACES[:1]), strict=True):
         assert torch.equal(now, was + change)
 
 

@@ -178,7 +178,7 @@ class _Product:
         cell, device = self._cell, out.device
         # The weights are perturbed at present, perhaps. Where all sums fit, they may begin with the weights.
         fits = cell.peak + cell.amplitude + self._bound < _EXACT and cell.mask is None
-        dtype = torch.float32 if self._bound < _EXACT and _fp32_products_are_exact() else torch.float64
+        dtype = torch.float32 if self._bound < _EXACT and _fp32_products_are_exact(device) else torch.float64
         unit = 2.0**-cell.entry.exponent
         with torch.autocast(device.type, enabled=False):
             left = torch.cat([_times(u, c, dtype) for u, c, _ in self._factors], dim=1).mul_(unit)
@@ -227,6 +227,11 @@ def _unpack(mask: Tensor, count: int) -> Tensor:
     return bits.flatten()[:count]
 
 
-def _fp32_products_are_exact() -> bool:
-    """Whether the products of fp32 matrices keep all 24 bits of their factors: not so if the user lets TF32 in."""
-    return torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+def _fp32_products_are_exact(device: torch.device) -> bool:
+    """Whether the products of fp32 matrices keep all 24 bits of their factors: not so if the user lets TF32 in.
+
+    Asked of the device's own setting, which those that are older or hold for all devices end in.
+    """
+    mkldnn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else mkldnn
+    return backend.fp32_precision in ("none", "ieee")
