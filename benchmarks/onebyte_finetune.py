@@ -89,7 +89,7 @@ def onebyte(lr: float, **more: Any) -> dict[str, Any]:
     many times longer.
     """
     method = {"kind": "onebyte", "lr": lr, "estimate": "one_sided", "step_size": "ema", "ema_decay": 0.9, **more}
-    return {"method": method, "schedule": {"kind": "cosine", "final": 0.1}}
+    return {"method": method, "schedule": {"kind": "cosine", "final": 0.3}}
 
 
 def backprop(lr: float) -> dict[str, Any]:
