@@ -6,7 +6,7 @@ Logistic regression with 512 weights, whose machines have data of their own; `lo
 carried out by one process through the run's own code: the slots of all machines, their bytes, one replica. The first
 rows train each seed with the byte, and with the slope itself, as an fp32 number, in its place: the same directions and
 learning rate, on the same grid. The next ones choose their step size from the committed slopes. In the last, two
-machines tell -10 times what they measure. `over_percent`: how far the loss is above that of the fp32 slopes, of the
+machines tell -10 times what they measure (a run whose weights leave their grid ends there). `over_percent`: how far the loss is above that of the fp32 slopes, of the
 fixed step size, or of eight honest machines that are averaged.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from thinwire.comm.onebyte.byte_code import ByteCode
 from thinwire.comm.onebyte.canonical import canonical, describe_run
+from thinwire.comm.onebyte.errors import WeightRangeError
 from thinwire.comm.onebyte.exchange import Turn
 from thinwire.comm.onebyte.measure import measure
 from thinwire.comm.onebyte.replica import Replica
@@ -156,7 +157,7 @@ def train(
     lying: Sequence[int] = (),
     **options: Any,
 ) -> float:
-    """Returns the loss of all data after so many rounds of SPSA from weights of zero."""
+    """Returns the loss of all data after so many rounds of SPSA from weights of zero; or where they leave their grid."""
     settings = OneByteSettings(lr=lr, seed=seed, **options)
     weights = torch.zeros(WIDTH)
     group = {"params": [weights.clone().requires_grad_()], "param_names": ["weights"], "lr": lr, "weight_decay": 0.0}
@@ -170,7 +171,10 @@ def train(
             turn = Turn(number, machine.slot, 1)
             _, slopes = measure(lambda turn=turn: task.batch_loss(weights, turn), turn, replica, settings)
             contributions.append(Contribution(machine.slot, machine.codes(slopes, code)))
-        replica.apply([Round(number, lr, tuple(contributions))])
+        try:
+            replica.apply([Round(number, lr, tuple(contributions))])
+        except WeightRangeError:
+            break
     replica.restore()
     return task.loss(weights)
 
