@@ -6,8 +6,8 @@ Logistic regression with 512 weights, whose machines have data of their own; `lo
 carried out by one process through the run's own code: the slots of all machines, their bytes, one replica. The first
 rows train each seed with the byte, and with the slope itself, as an fp32 number, in its place: the same directions and
 learning rate, on the same grid. The next ones choose their step size from the committed slopes. In the last, two
-machines tell -10 times what they measure (a run whose weights leave their grid ends there). `over_percent`: how far the loss is above that of the fp32 slopes, of the
-fixed step size, or of eight honest machines that are averaged.
+machines tell -10 times what they measure; a run whose weights leave their grid ends there. `over_percent`: how far the
+loss is above that of the fp32 slopes, of the fixed step size, or of eight honest machines that are averaged.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def train(
     lying: Sequence[int] = (),
     **options: Any,
 ) -> float:
-    """Returns the loss of all data after so many rounds of SPSA from weights of zero; or where they leave their grid."""
+    """Returns the loss of all data after so many rounds from weights of zero, or where the weights leave their grid."""
     settings = OneByteSettings(lr=lr, seed=seed, **options)
     weights = torch.zeros(WIDTH)
     group = {"params": [weights.clone().requires_grad_()], "param_names": ["weights"], "lr": lr, "weight_decay": 0.0}
