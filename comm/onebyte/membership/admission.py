@@ -14,6 +14,8 @@ from thinwire.comm.onebyte.rounds import Member, Roster
 if TYPE_CHECKING:
     from thinwire.comm.onebyte.membership.core import Core
 
+_RECENT_SNAPSHOTS = 8  # a newcomer proves itself at the newest that it has seen, while the others go on
+
 
 class Admission:
     """What should change in the roster.
@@ -98,7 +100,7 @@ class Admission:
         return Roster(ledger.roster.epoch + 1, tuple(new[slot] for slot in sorted(new)))
 
     def _is_proven(self, join: m.Join) -> bool:
-        snapshots = self._ledger.newest_snapshots(2)
+        snapshots = self._ledger.newest_snapshots(_RECENT_SNAPSHOTS)
         if not snapshots:
             return (join.proof_rounds, join.proof) == (0, self._core.place.me.base_hash)
         return any((join.proof_rounds, join.proof) == (s.rounds, s.model_hash) for s in snapshots)

@@ -90,6 +90,7 @@ class Connections:
         self._patience_s, self._retry_s = patience_s, retry_s
         self._receive, self._lost, self._manifest = receive, lost, manifest
         self._open: dict[str, _Connection] = {}
+        self._advertised: dict[str, str] = {}  # by the address under which a machine was reached
         self._waiting: dict[str, deque[Outgoing]] = {}
         self._retry_at: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,7 +114,7 @@ class Connections:
 
     def send(self, address: str, message: Outgoing) -> None:
         """Send, or try to connect first. What cannot be sent is dropped: the protocol repeats what matters."""
-        connection = self._open.get(address)
+        connection = self._open.get(self._advertised.get(address, address))
         if connection is not None:
             self._write(connection, message)
             return
@@ -181,6 +182,8 @@ class Connections:
             if connection is None:
                 return
             self._open[connection.address] = connection
+            if dialled:
+                self._advertised[dialled] = connection.address
             for address in {dialled or connection.address, connection.address}:
                 self.problems.pop(address, None)
                 for message in self._waiting.pop(address, ()):
@@ -221,6 +224,8 @@ class Connections:
                 f"it is in run {theirs.run.hex()}, this machine in {mine.run.hex()}: their base weights, parameters or "
                 "settings differ"
             )
+        if theirs.address == mine.address:
+            raise MessageError(f"it is this machine itself, or one that also advertises {mine.address}")
         return _Connection(writer, theirs.address, key_out, key_in)
 
     async def _read(self, reader: asyncio.StreamReader, connection: _Connection) -> None:

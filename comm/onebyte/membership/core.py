@@ -63,6 +63,7 @@ class Core:
         self._ask_at = now
         self._targets: list[str] = []
         self._hint: str | None = None
+        self._refused_at: float | None = None
         if not settings.contacts and not len(ledger.log):
             self._guarded(self._found, now)
 
@@ -95,6 +96,8 @@ class Core:
     def prove(self, rounds: int, model_hash: bytes) -> None:
         """The weights had this hash, the right one, after `rounds` rounds."""
         self._proof = (rounds, model_hash)
+        if not self.place.is_voter:
+            self._ask_at = float("-inf")  # before the next snapshot makes it old
 
     def ask_samples(self, samples: int, now: float) -> None:
         """Ask for another number of samples per round."""
@@ -251,6 +254,7 @@ class Core:
         elif isinstance(message, m.Vote):
             election.take_vote(message, now)
         elif isinstance(message, m.Assign):
+            self._refused_at = None
             if not self.place.is_voter and message.slot != NO_SLOT:
                 self.place.promise_anew(slot=message.slot)
         elif isinstance(message, m.Hint):
@@ -258,8 +262,7 @@ class Core:
                 self._hint = message.address
                 self._ask_at = min(self._ask_at, now + self.settings.heartbeat_s / 4)
         elif isinstance(message, m.Refuse):
-            if not self.place.is_voter:
-                self.fail(RefusedError(f"{sender} does not take this machine: {message.reason}", operation="join"))
+            self._take_refusal(sender, message, now)
         elif isinstance(message, m.Rebuild):
             if sender == election.leader:
                 self.work.rebuild(message.rounds)
@@ -272,6 +275,13 @@ class Core:
         elif isinstance(message, m.Join) and election.hears_leader(now) and election.leader not in (None, sender):
             assert election.leader is not None
             self.send(sender, m.Hint(self.place.term, election.leader))
+
+    def _take_refusal(self, sender: str, message: m.Refuse, now: float) -> None:
+        """Final where it lasts: this machine may have died and come back before the others have noticed."""
+        if self._refused_at is None or self.place.is_voter:
+            self._refused_at = now
+        elif now - self._refused_at > 2 * self.settings.suspicion_s:
+            self.fail(RefusedError(f"{sender} does not take this machine: {message.reason}", operation="join"))
 
     def _follow(self, sender: str, message: m.Propose, now: float) -> None:
         ledger, length = self.ledger, len(self.ledger.log)

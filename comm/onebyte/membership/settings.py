@@ -33,7 +33,7 @@ class MembershipSettings(Settings):
     advertise: str = ""
     contacts: tuple[str, ...] = ()
     name: str = Field("", max_length=200)
-    samples: int = Field(1, ge=0, le=1 << 15)
+    samples: int = Field(1, ge=1, le=1 << 15)
     wait_for: int = Field(1, ge=1, le=65535)
     heartbeat_s: float = Field(0.5, gt=0)
     suspicion_s: float = Field(2.0, gt=0)
