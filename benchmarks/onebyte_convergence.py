@@ -42,14 +42,14 @@ ATTACK = -10.0
 def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
     parser.set_defaults(device="cpu", threads=1)
-    parser.add_argument("--rounds", type=int, default=3000, help="of four machines; a third as many of eight")
+    parser.add_argument("--rounds", type=int, default=3000, help="of four machines; two thirds as many of eight")
     parser.add_argument("--seeds", type=int, default=3, help="data sets and streams")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [
         *(row for seed in range(options.seeds) for row in byte_against_exact(seed, options.rounds)),
         *step_sizes(options.rounds),
-        *liars(options.rounds // 3),
+        *liars(options.rounds * 2 // 3),
     ]
     report(str(__doc__).splitlines()[0], rows, device=torch.device(options.device), path=options.json)
 
@@ -77,10 +77,10 @@ def step_sizes(rounds: int) -> list[Row]:
 def liars(rounds: int) -> list[Row]:
     task, rows = Task(0, machines=8), []
     for directions, robusts in (("distinct", ("none", "clip", "drop")), ("shared", ("none", "median"))):
-        honest = train(task, rounds, lr=2 * RATE, directions=directions)
+        honest = train(task, rounds, lr=RATE / 2, directions=directions)
         rows.append(row(f"{directions} directions, 8 honest", 0, rounds, task, honest, honest))
         for robust in robusts:
-            loss = train(task, rounds, lr=2 * RATE, lying=(2, 5), directions=directions, robust=robust)
+            loss = train(task, rounds, lr=RATE / 2, lying=(2, 5), directions=directions, robust=robust)
             rows.append(row(f"{directions}, 2 of 8 lie, robust: {robust}", 0, rounds, task, loss, honest))
     return rows
 
