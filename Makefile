@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/thinwire demo
 
 test: check .venv-mpich/installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,13 +40,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With pytest-xdist: files whole to a worker, and those that start processes and labs one after another, first."""
-    for item in items:
-        alone = item.path.stem in WHOLE_MACHINE
-        item.add_marker(pytest.mark.xdist_group("whole-machine" if alone else item.path.stem))
+    """What wants the machine for itself comes first: it takes one of two workers until the end."""
     items.sort(key=lambda item: item.path.stem not in WHOLE_MACHINE)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a file as a whole to one worker, and all that want the machine for themselves to the same."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "whole machine" if Path(file).stem in WHOLE_MACHINE else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture
