@@ -50,20 +50,28 @@ class OneByteRunSettings(OneByteSettings):
         return self.model_dump(exclude={"kind", "membership"})
 
 
-class TimedExchange:
-    """An exchange, and the seconds that this machine has waited for it."""
+class AllRoundsDoneError(RuntimeError):
+    """The others have committed the run's last rounds, and this machine has taken them up."""
 
-    def __init__(self, inner: Membership) -> None:
+
+class TimedExchange:
+    """An exchange for so many rounds, and the seconds that this machine has waited for it."""
+
+    def __init__(self, inner: Membership, rounds: int) -> None:
         self.inner = inner
         self.waited_s = 0.0
+        self._rounds = rounds
 
     def begin(self) -> Turn:
-        """See Exchange."""
+        """See Exchange. Raises AllRoundsDoneError where no round is left to evaluate."""
         began = time.monotonic()
         try:
-            return self.inner.begin()
+            turn = self.inner.begin()
         finally:
             self.waited_s += time.monotonic() - began
+        if turn.round >= self._rounds:
+            raise AllRoundsDoneError
+        return turn
 
     def commit(self, turn: Turn, codes: bytes, rate: float) -> Sequence[Change]:
         """See Exchange."""
@@ -78,9 +86,11 @@ class TimedExchange:
         self.inner.close()
 
 
-def joining(settings: OneByteRunSettings, world: World) -> Join | None:
+def joining(settings: OneByteRunSettings, world: World, rounds: int) -> Join | None:
     """How OneByteSPSA finds the others, where they come and go; None in a fixed job.
 
+    Args:
+        rounds: of the whole run.
     Raises:
         ValueError: a launcher has started several ranks.
     """
@@ -96,7 +106,7 @@ def joining(settings: OneByteRunSettings, world: World) -> Join | None:
     found = elastic(membership)
 
     def join(manifest: bytes, log: Log, replica: Replica) -> Exchange:
-        return TimedExchange(found(manifest, log, replica))
+        return TimedExchange(found(manifest, log, replica), rounds)
 
     return join
 

@@ -21,7 +21,7 @@ from thinwire.dist.config_errors import ConfigError
 from thinwire.dist.data import Batch
 from thinwire.dist.metrics import Record, Sink, StepTraffic
 from thinwire.dist.onebyte_log import bring_together, log_path
-from thinwire.dist.onebyte_run import OneByteRunSettings, TimedExchange, joining, samples_of
+from thinwire.dist.onebyte_run import AllRoundsDoneError, OneByteRunSettings, TimedExchange, joining, samples_of
 from thinwire.dist.optimizers import learning_rate
 from thinwire.dist.step_reports import NonFiniteError, StepReports
 from thinwire.dist.stop import StopRequest
@@ -66,7 +66,7 @@ class ZerothOrderTrainer:
         self.settings = config.method
         self.world = world
         self.stop = stop or StopRequest()
-        self._join = joining(self.settings, world)
+        self._join = joining(self.settings, world, config.train.steps)
         self.micro_batch, self.micro_batches = config.train.share(world.size)
         self.task, started_from = self._begin()
         compare_with_others(self.task, config.resolved(), world)
@@ -141,7 +141,11 @@ class ZerothOrderTrainer:
         self._traffic.since_last()
         while state.step < train.steps and not self._stopping_ranks:
             before = state.step
-            record = self._train_step()
+            try:
+                record = self._train_step()
+            except AllRoundsDoneError:
+                state.step = self.method.replica.rounds
+                break
             state.step = self.method.replica.rounds
             due = state.step >= train.steps or _passed(before, state.step, train.eval_every)
             if evaluating := bool(train.eval_windows) and due:
