@@ -100,6 +100,8 @@ def backprop(lr: float) -> dict[str, Any]:
     }
 
 
+# By the beginning of a way's label: the same in all panels.
+COLORS = {"one byte": "tab:orange", "backprop, AdamW, norms": "tab:green", "backprop": "tab:blue"}
 UNTRAINED = Way("untrained", 1, onebyte(1e-12))
 
 
@@ -122,7 +124,7 @@ def gpt_case(folder: Path, options: Namespace) -> Case:
         ways=(
             UNTRAINED,
             Way("backprop, AdamW", 400, backprop(1e-3)),
-            Way("one byte", 2400, onebyte(1e-3, eps=2.5e-4, samples=8)),
+            Way("one byte", 700, onebyte(1e-3, eps=2.5e-4, samples=8)),
         ),
     )
 
@@ -152,7 +154,7 @@ def encoder_case(folder: Path, options: Namespace) -> Case:
             Way("backprop, AdamW, all weights", 160, backprop(1e-4)),
             Way("backprop, AdamW, norms", 160, backprop(2e-3), NORMS),
             # Few weights with large slopes: what a random direction does to the others is mostly noise.
-            Way("one byte, norms", 450, onebyte(1e-2, eps=2e-3, samples=4), NORMS),
+            Way("one byte, norms", 250, onebyte(1e-2, eps=2e-3, samples=8), NORMS),
         ),
     )
 
@@ -240,7 +242,8 @@ def draw(cases: Sequence[Case], curves: Mapping[str, Mapping[str, Curve]], path:
             text = way.label
             if curve.accuracy[-1] == curve.accuracy[-1]:
                 text += f" ({start.accuracy[-1]:.0%} right before, {curve.accuracy[-1]:.0%} after)"
-            axes.plot(seconds, losses, marker="o", markersize=3, linewidth=2, label=text)
+            color = next(color for start_of, color in COLORS.items() if way.label.startswith(start_of))
+            axes.plot(seconds, losses, marker="o", markersize=3, linewidth=2, label=text, color=color)
         axes.set_xscale("symlog", linthresh=1)
         axes.set_xlim(left=0)
         axes.set_xlabel("seconds of training")

@@ -2,10 +2,11 @@
 
     python benchmarks/onebyte_step.py [--repeats 20] [--json FILE]
 
-Four emulated hosts at 100 Mbit/s, the 3.2 M GPT, 4 sequences of 128 tokens per host and step: torch DDP with fp32
-gradients and SGD, and OneByteSPSA with one direction per host. Per host and step: payload bytes as metered (for DDP, by
-our fp32 all-reduce, which sends as much as a ring), and all bytes that the host's interface sent, acknowledgements
-included. `weights_share` is the share of the step's time in which the weights are perturbed, restored and updated.
+Four emulated hosts at 100 Mbit/s, the 3.2 M GPT: torch DDP with fp32 gradients and SGD, and OneByteSPSA with one
+direction per host. On each host and in each step 4 sequences of 128 tokens, as `make demo` has, or 8 of 256, as
+configs/gpt_3m.yaml has. Per host and step: payload bytes as metered (for DDP, by our fp32 all-reduce, which sends as
+much as a ring), and all bytes that the host's interface sent, acknowledgements included. `weights_share` is the share
+of the step's time in which the weights are perturbed, restored and updated.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,9 +37,21 @@ from thinwire.launch.lab.counters import interface_bytes
 HOSTS = 4
 RATE_BPS = 100e6
 VOCABULARY = 256
-SEQUENCES, CONTEXT = 4, 128
-ONEBYTE = "onebyte"
-WAYS = {"ddp": "torch DDP, fp32", "allreduce": "thinwire all-reduce, fp32", ONEBYTE: "thinwire onebyte"}
+CONTEXT = 256
+
+
+class Way(NamedTuple):
+    label: str
+    sequences: int
+    tokens: int
+
+
+WAYS = {
+    "ddp": Way("torch DDP, fp32", 4, 128),
+    "allreduce": Way("thinwire all-reduce, fp32", 4, 128),
+    "onebyte": Way("thinwire onebyte", 4, 128),
+    "onebyte-more": Way("thinwire onebyte", 8, 256),
+}
 
 
 def main() -> None:
@@ -52,13 +66,14 @@ def main() -> None:
     payload = found["allreduce"]["payload_bytes"]
     rows: list[Row] = [
         {
-            "way": WAYS[way],
+            "way": WAYS[way].label,
+            "tokens": f"{WAYS[way].sequences} x {WAYS[way].tokens}",
             "payload_bytes": int(row["payload_bytes"] or payload),
             "fewer": payload / (row["payload_bytes"] or payload),
             "interface_bytes": int(row["interface_bytes"]),
             "fewer_there": found["ddp"]["interface_bytes"] / row["interface_bytes"],
             "step_s": row["step_s"],
-            "weights_share": f"{row['weights_share']:.1%}" if way == ONEBYTE else "-",
+            "weights_share": f"{row['weights_share']:.1%}" if way.startswith("onebyte") else "-",
         }
         for way, row in found.items()
     ]
@@ -83,13 +98,13 @@ def work(way: str, repeats: int) -> None:
         model.to_empty(device="cpu")
         model.initialise(0)
         chance = torch.Generator().manual_seed(world.rank)
-        tokens = torch.randint(VOCABULARY, (SEQUENCES, CONTEXT + 1), generator=chance)
+        tokens = torch.randint(VOCABULARY, (WAYS[way].sequences, WAYS[way].tokens + 1), generator=chance)
 
         def loss_of(network: Callable[[Tensor], Tensor]) -> Tensor:
             return F.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
 
         in_weights: list[float] = []
-        if way == ONEBYTE:
+        if way.startswith("onebyte"):
             step = onebyte_step(model, world, loss_of, in_weights)
         else:
             step = ddp_step(way, model, world, loss_of)
