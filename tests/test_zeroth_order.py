@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from worlds import close_world, small_settings, small_text, thread_world
 
+from thinwire.comm.onebyte.exchange import Turn
 from thinwire.comm.onebyte.log import Log, LogError
 from thinwire.comm.onebyte.rounds import Round
 from thinwire.dist.config import ConfigError, RunConfig
 from thinwire.dist.metrics import Record
+from thinwire.dist.onebyte_run import AllRoundsDoneError, TimedExchange
 from thinwire.dist.step_reports import NonFiniteError
 from thinwire.dist.stop import StopRequest
 from thinwire.dist.train import Outcome, Trainer
@@ -331,6 +333,18 @@ def test_machines_started_alone_find_each_other_and_stay_equal(tmp_path: Path) -
         rounds = [record for record in log if isinstance(record, Round)]
         assert rounds == [record for record in same_log if isinstance(record, Round)]
         assert {tuple(len(c.codes) for c in round_.contributions) for round_ in rounds} <= {(2, 3), (2,), (3,)}
+
+
+def test_no_round_after_the_last_is_evaluated() -> None:
+    class Ahead:
+        def begin(self) -> Turn:
+            return Turn(turns.pop(0), 0, 1)
+
+    turns = [5, 6]
+    exchange = TimedExchange(Ahead(), rounds=6)  # type: ignore[arg-type]
+    assert exchange.begin().round == 5
+    with pytest.raises(AllRoundsDoneError):
+        exchange.begin()
 
 
 def test_membership_settings_that_contradict_the_job_are_refused(tmp_path: Path) -> None:
