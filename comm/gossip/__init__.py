@@ -1,0 +1,13 @@
+"""Gossip: each machine trains for itself and averages its weights with a few neighbours, with no global collective.
+
+How it fits together. A machine's part of a method is a *script*: a generator that sends and takes messages through a
+Port and yields where it has to wait. It knows neither threads nor clocks nor sockets, so the same code trains over TCP
+(post/) and in a simulation of hundreds of machines in one process (simulation.py), and gives the same bits in both.
+
+    schedule.py   says, for each step, whether to talk, with what Mixing, and when to merge: a Turn
+    graphs/       who talks to whom in which round, with which weights
+    mixer.py      one round among neighbours that preserves the mean through lateness and loss
+    algorithms/   what is done with that: D-PSGD, push-sum, gradient tracking, ...
+    agent.py      schedule, algorithm and merge of one machine, step by step
+    door.py       how that enters a trainer
+"""

@@ -1,0 +1,71 @@
+"""What every averaging algorithm is to the rest: one machine's scripts before and after its optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from thinwire.comm.gossip.mixing import Graph
+from thinwire.comm.gossip.port import Port, Script
+from thinwire.comm.gossip.replica import Replica
+from thinwire.comm.gossip.turn import Turn
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an algorithm is made of: every settings class has `build(parts) -> Algorithm`.
+
+    deadline_s: how long a neighbour may delay this machine. seed: of all that is drawn at random, the same everywhere.
+    """
+
+    replica: Replica
+    port: Port
+    graph: Graph
+    deadline_s: float
+    seed: int
+
+
+class Algorithm(Protocol):
+    """One machine's part of a decentralized method. It is given its Replica and its Port when it is made.
+
+    Attributes: mass, this machine's share in the mean that is preserved: 1 unless machines have joined.
+    """
+
+    mass: float
+
+    def before_step(self, turn: Turn) -> Script[None]:
+        """Gradients are there, the optimizer has not stepped."""
+        ...
+
+    def after_step(self, turn: Turn) -> Script[None]:
+        """The optimizer has stepped."""
+        ...
+
+    def asked(self) -> bool:
+        """Whether another machine waits for an answer that serve() would give. Never, where machines go in rounds."""
+        ...
+
+    def serve(self) -> None:
+        """Answer those who ask. Called whenever this machine waits for something else than its algorithm."""
+        ...
+
+    def drain(self) -> Script[None]:
+        """End what is under way, so that nothing of this machine is on the wire and its state is its replica's."""
+        ...
+
+    def sent_bytes(self, turn: Turn) -> dict[int, int]:
+        """Payload bytes that this machine sends at such a turn, by machine; of swaps that chance decides, none."""
+        ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """After drain(): everything that a resumed run needs to go on bit for bit."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+    def merged(self) -> None:
+        """All machines have just taken the global average as their weights: forget what belonged to the old ones."""
+        ...

@@ -1,0 +1,1 @@
+"""Averaging algorithms: one file each. What they have in common is algorithm.py."""

@@ -1,0 +1,119 @@
+"""Decentralized parallel SGD: a step of one's own, and an average with one's neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from thinwire.comm.gossip.algorithm import Parts
+from thinwire.comm.gossip.codec import Plain
+from thinwire.comm.gossip.mixer import Mixer, SymmetricMixer
+from thinwire.comm.gossip.port import Port, Script
+from thinwire.comm.gossip.replica import Replica
+from thinwire.comm.gossip.turn import Turn
+from thinwire.comm.settings import Settings
+
+WIRE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DPSGDSettings(Settings):
+    """`algorithm: {kind: dpsgd, overlap: true}`.
+
+    overlap: exchange during the next forward and backward pass. wire: what weights are rounded to on the way.
+    """
+
+    kind: Literal["dpsgd"] = "dpsgd"
+    overlap: bool = False
+    wire: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    every_step: ClassVar[bool] = False  # whether it is defined only for an exchange at every step
+    in_rounds: ClassVar[bool] = True  # whether all machines go through the same rounds; not: each at its own pace
+    static_graph: ClassVar[bool] = False  # whether it needs the same mixing in every round
+
+    def build(self, parts: Parts) -> DPSGD:
+        """The algorithm of one machine."""
+        mixer = SymmetricMixer(parts.port, Plain(WIRE[self.wire]), deadline_s=parts.deadline_s)
+        return DPSGD(parts.replica, parts.port, mixer, overlap=self.overlap)
+
+
+class DPSGD:
+    """D-PSGD (Lian et al. 2017, 1705.09056), with any optimizer in place of SGD.
+
+    Adapt then combine:  x_i <- sum_j w_ij (x_j + u_j),  u_j the optimizer's update at x_j. More accurate; the exchange
+    delays the next step.
+    Combine then adapt (overlap):  x_i <- sum_j w_ij x_j + u_i. What is sent is the weights before the update, so the
+    exchange goes on during the next forward and backward pass: begun after a step, and added as the difference
+    average - sent after the next one.
+
+    Args:
+        mixer: of the rounds; its deadline bounds what a neighbour can delay.
+        overlap: combine then adapt.
+    """
+
+    def __init__(self, replica: Replica, port: Port, mixer: Mixer, *, overlap: bool = False) -> None:
+        self._replica = replica
+        self._port = port
+        self._mixer = mixer
+        self._overlap = overlap
+        self._under_way = False
+
+    @property
+    def mass(self) -> float:
+        return self._mixer.mass
+
+    def before_step(self, turn: Turn) -> Script[None]:
+        """Nothing."""
+        return
+        yield
+
+    def after_step(self, turn: Turn) -> Script[None]:
+        """As Algorithm says."""
+        if self._under_way:
+            yield from self._finish()
+        if turn.mixing is not None:
+            self._mixer.begin(turn.round, turn.mixing, self._replica.weights())
+            self._under_way = True
+            if not self._overlap:
+                yield from self._finish()
+
+    def asked(self) -> bool:
+        """Never: machines go in rounds."""
+        return False
+
+    def serve(self) -> None:
+        """Nobody asks."""
+
+    def drain(self) -> Script[None]:
+        """As Algorithm says."""
+        if self._under_way:
+            yield from self._finish()
+        late = yield from self._mixer.settle()
+        if late is not None:
+            self._replica.set_weights(late.onto(self._replica.weights()))
+
+    def sent_bytes(self, turn: Turn) -> dict[int, int]:
+        """As Algorithm says."""
+        itemsize = self._replica.dtype.itemsize
+        return self._mixer.sent_bytes(turn.mixing, self._replica.numel, itemsize) if turn.mixing else {}
+
+    def metrics(self) -> dict[str, float]:
+        """What the mixer says."""
+        return self._mixer.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As Algorithm says."""
+        return {"mixer": self._mixer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As Algorithm says."""
+        self._mixer.load_state_dict(state["mixer"])
+
+    def merged(self) -> None:
+        """Nothing to forget."""
+
+    def _finish(self) -> Script[None]:
+        mixed = yield from self._mixer.finish()
+        self._replica.set_weights(mixed.onto(self._replica.weights()))
+        self._under_way = False
