@@ -32,7 +32,8 @@ class Algorithm(Protocol):
     Attributes: mass, this machine's share in the mean that is preserved: 1 unless machines have joined.
     """
 
-    mass: float
+    @property
+    def mass(self) -> float: ...
 
     def before_step(self, turn: Turn) -> Script[None]:
         """Gradients are there, the optimizer has not stepped."""
