@@ -65,21 +65,55 @@ def evaluate(
     """
     firsts = range(0, count, batch)
     rounds = math.ceil(len(firsts) / queue.size)
-    sums = torch.zeros(rounds, 3, dtype=torch.float64)  # nats, targets, bytes of text or right classes
+    sums = torch.zeros(rounds, 3, dtype=torch.float64)
+    for row, part in enumerate(_score(model, data, firsts[queue.rank :: queue.size], count, batch, device, precision)):
+        sums[row] = torch.tensor(part)
+    gathered = queue.submit("control/evaluation", lambda channel: channel.all_gather_same(sums)).wait()
+    return _of_sums(gathered.flatten(0, 1).T.tolist(), data.labelled)
+
+
+def evaluate_alone(
+    model: nn.Module,
+    data: ValidationData,
+    *,
+    count: int,
+    batch: int,
+    device: torch.device,
+    precision: AbstractContextManager[Any],
+) -> Evaluation:
+    """As evaluate(), to the last bit, by this rank alone: it may score a model that is its own."""
+    sums = _score(model, data, range(0, count, batch), count, batch, device, precision)
+    return _of_sums([list(column) for column in zip(*sums, strict=True)], data.labelled)
+
+
+def _score(
+    model: nn.Module,
+    data: ValidationData,
+    firsts: range,
+    count: int,
+    batch: int,
+    device: torch.device,
+    precision: AbstractContextManager[Any],
+) -> list[tuple[float, float, float]]:
+    """For each batch: nats, targets, and bytes of text or right classes."""
+    sums = []
     was_training = model.training
     model.eval()
     with torch.no_grad(), precision:
-        for row, first in enumerate(firsts[queue.rank :: queue.size]):
+        for first in firsts:
             chosen = [i * data.count // count for i in range(first, min(first + batch, count))]
             part = data.batch(chosen, device)
             targets = part.targets.flatten()
             scores = model(part.inputs).float().flatten(0, -2)
             nats = F.cross_entropy(scores, targets, reduction="none").double().sum()
             third = int((scores.argmax(-1) == targets).sum()) if part.text_bytes is None else part.text_bytes
-            sums[row] = torch.tensor([float(nats), len(targets), third])
+            sums.append((float(nats), float(len(targets)), float(third)))
     model.train(was_training)
-    gathered = queue.submit("control/evaluation", lambda channel: channel.all_gather_same(sums)).wait()
-    total_nats, scored, measured = (math.fsum(column) for column in gathered.flatten(0, 1).T.tolist())
-    if data.labelled:
+    return sums
+
+
+def _of_sums(columns: Sequence[Sequence[float]], labelled: bool) -> Evaluation:
+    total_nats, scored, measured = (math.fsum(column) for column in columns)
+    if labelled:
         return Evaluation(loss=total_nats / scored, bits_per_byte=math.nan, accuracy=measured / scored)
     return Evaluation(loss=total_nats / scored, bits_per_byte=total_nats / measured / math.log(2), accuracy=math.nan)
