@@ -27,7 +27,7 @@ def bring_together(path: Path, world: World) -> None:
     Raises:
         LogError: the logs are not of one run, or this one is damaged.
     """
-    log = Log.open(path) if path.exists() else None
+    log = Log.open(path) if Log.begun(path) else None
     try:
         length = len(log) if log else -1
         chain = log.chain(length) if log else bytes(32)

@@ -159,13 +159,18 @@ def test_an_interrupted_creation_begins_again(tmp_path: Path) -> None:
     header = written(path, []).read_bytes()
     for size in (0, 5, len(header) - 1):
         path.write_bytes(header[:size])
+        assert not Log.begun(path)
         Log.create(path, MANIFEST).close()
         assert path.read_bytes() == header
+        assert Log.begun(path)
     for kept in (header, header[:20] + b"!", header + b"\x0f"):
         path.write_bytes(kept)
         with pytest.raises(FileExistsError, match=r"continue it with Log\.open"):
             Log.create(path, MANIFEST)
         assert path.read_bytes() == kept
+    assert not Log.begun(tmp_path / "nothing")
+    path.write_bytes(b"another kind of file")
+    assert Log.begun(path)
 
 
 def test_damage_is_found_and_named(tmp_path: Path) -> None:

@@ -96,6 +96,19 @@ class Log:
             raise
         return cls(file, path, manifest, len(header), read_only=False)
 
+    @staticmethod
+    def begun(path: str | os.PathLike[str]) -> bool:
+        """Whether there is a log to open. A header cut short, by a kill within create(), is none: create it again."""
+        try:
+            with Path(path).open("rb") as file:
+                data = file.read(_HEADER.size)
+                size = os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return False
+        if not data.startswith(_MAGIC[: len(data)]):
+            return True
+        return len(data) == _HEADER.size and size >= _HEADER.size + _HEADER.unpack(data)[2] + _HASH_BYTES
+
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, read_only: bool = False) -> Log:
         """Open and verify a log. Raises LogError naming the record and byte where it is damaged; FileNotFoundError."""

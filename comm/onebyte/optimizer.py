@@ -280,7 +280,7 @@ def _contributions(round_: Round) -> int:
 
 
 def _open_log(path: Path, manifest: bytes) -> Log:
-    if not path.exists():
+    if not Log.begun(path):
         return Log.create(path, manifest)
     log = Log.open(path)
     if log.manifest != manifest:
