@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.gossip.port import Port, Script
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Turn
+from thinwire.comm.settings import Settings
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What an algorithm is made of: every settings class has `build(parts) -> Algorithm`.
+    """What an algorithm is made of: every settings class (AlgorithmSettings) has `build(parts) -> Algorithm`.
 
     deadline_s: how long a neighbour may delay this machine. seed: of all that is drawn at random, the same everywhere.
     """
@@ -24,6 +25,34 @@ class Parts:
     graph: Graph
     deadline_s: float
     seed: int
+
+
+class AlgorithmSettings(Settings):
+    """The base of an algorithm's settings; it says what the algorithm can do with.
+
+    every_step: it is defined only for an exchange at every step.
+    in_rounds: all machines go through the same rounds; not: each at its own pace.
+    static_graph: it needs the same mixing in every round.
+    needs_sgd: it needs torch.optim.SGD, whose step it corrects.
+    equal_start: machines must begin with the same weights.
+    joinable: a machine can enter a run under way with the weights and half the mass of another. False: what the
+        algorithm keeps besides the weights would no longer sum to what it must sum to.
+    """
+
+    every_step: ClassVar[bool] = False
+    in_rounds: ClassVar[bool] = True
+    static_graph: ClassVar[bool] = False
+    needs_sgd: ClassVar[bool] = False
+    equal_start: ClassVar[bool] = True
+    joinable: ClassVar[bool] = True
+
+    def build(self, parts: Parts) -> Algorithm:
+        """The algorithm of one machine.
+
+        Raises:
+            ValueError: the graph is not one that the algorithm is defined for.
+        """
+        raise NotImplementedError
 
 
 class Algorithm(Protocol):

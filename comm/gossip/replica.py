@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 class Replica(Protocol):
     """A machine's weights and, between backward and step, its gradient.
 
-    Attributes: numel; dtype, fp32 (fp64 in tests and simulations of mathematics); device.
+    Attributes: numel; sizes, elements of each learned tensor, in order; what comes after them are statistics; dtype,
+    fp32 (fp64 in tests and simulations of mathematics); device.
     """
 
     numel: int
+    sizes: Sequence[int]
     dtype: torch.dtype
     device: torch.device
 
@@ -42,14 +44,17 @@ class Replica(Protocol):
 class VectorReplica:
     """A replica that is nothing but its vector.
 
+    Args:
+        sizes: of the tensors that it is made of; default: one.
     Attributes: x, the weights; g, the gradient; lr.
     """
 
-    def __init__(self, x: Tensor, lr: float = 1.0) -> None:
+    def __init__(self, x: Tensor, lr: float = 1.0, sizes: Sequence[int] | None = None) -> None:
         self.x = x.clone()
         self.g = torch.zeros_like(x)
         self.lr = lr
         self.numel = x.numel()
+        self.sizes = sizes or [x.numel()]
         self.dtype = x.dtype
         self.device = x.device
 
@@ -88,7 +93,8 @@ class ModelReplica:
         self._optimizer = optimizer
         self.device = local(self._tensors[0]).device
         self._sizes = [local(t).numel() for t in self._tensors]
-        self._learned = sum(self._sizes[: len(self._parameters)])
+        self.sizes = self._sizes[: len(self._parameters)]
+        self._learned = sum(self.sizes)
         self.numel = sum(self._sizes)
         narrow = any(local(t).dtype != torch.float32 for t in self._tensors)
         self._master = self._read() if narrow else None
@@ -146,8 +152,7 @@ class ModelReplica:
             self._rounded = self._read()
 
     def _learned_parts(self, flat: Tensor) -> Sequence[Tensor]:
-        sizes = self._sizes[: len(self._parameters)]
-        return torch.split(flat[: self._learned], sizes)
+        return torch.split(flat[: self._learned], self.sizes)
 
     def _read(self) -> Tensor:
         with torch.no_grad():

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
-from thinwire.comm.gossip.algorithm import Parts
+from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.codec import Plain
 from thinwire.comm.gossip.mixer import Mixer, SymmetricMixer
 from thinwire.comm.gossip.port import Port, Script
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Turn
-from thinwire.comm.settings import Settings
 
 WIRE = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class DPSGDSettings(Settings):
+class DPSGDSettings(AlgorithmSettings):
     """`algorithm: {kind: dpsgd, overlap: true}`.
 
     overlap: exchange during the next forward and backward pass. wire: what weights are rounded to on the way.
@@ -27,10 +26,6 @@ class DPSGDSettings(Settings):
     kind: Literal["dpsgd"] = "dpsgd"
     overlap: bool = False
     wire: Literal["fp32", "bf16", "fp16"] = "fp32"
-
-    every_step: ClassVar[bool] = False  # whether it is defined only for an exchange at every step
-    in_rounds: ClassVar[bool] = True  # whether all machines go through the same rounds; not: each at its own pace
-    static_graph: ClassVar[bool] = False  # whether it needs the same mixing in every round
 
     def build(self, parts: Parts) -> DPSGD:
         """The algorithm of one machine."""
