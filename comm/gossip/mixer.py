@@ -68,7 +68,10 @@ class Mixer(Protocol):
         ...
 
     def settle(self) -> Script[Mixed | None]:
-        """Wait for what is overdue from earlier rounds, for a deadline; None if there is nothing to add."""
+        """Wait for what is overdue from earlier rounds, for a deadline; None if there is nothing to add.
+
+        What has not come by then stays owed: after a barrier, behind which nothing is on the wire, it has.
+        """
         ...
 
     def sent_bytes(self, mixing: Mixing, numel: int, itemsize: int) -> dict[int, int]:
@@ -123,6 +126,7 @@ class SymmetricMixer:
         self._stream = stream
         self._open: _Sent | None = None
         self._overdue: dict[int, _Sent] = {}  # by neighbour
+        self._last: _Sent | None = None  # the last round, where something may still come of it
         self.mass = 1.0
         self._late = 0
 
@@ -155,23 +159,23 @@ class SymmetricMixer:
         assert now is not None
         self._open = None
         yield Wait(lambda: all(self._has_answered(rank, now) for rank in now.weights), now.until)
-        flows = self._take(now.round, now)
+        flows = self._take(now)
         for rank in now.weights:
             if not self._has_answered(rank, now):
                 self._overdue[rank] = now
+        self._last = now if self._overdue or self._codec.remembers else None
         return self._mix(now, flows)
 
     def settle(self) -> Script[Mixed | None]:
-        """As Mixer says. Nothing may be under way. What has not come by then is given up."""
+        """As Mixer says. Nothing may be under way. What has not come by then is still owed."""
         assert self._open is None
+        last = self._last
+        if last is None or not (self._overdue or self._codec.remembers):
+            return None
         until = self._port.now() + self._deadline_s
         yield Wait(lambda: all(self._has_answered(rank, sent) for rank, sent in self._overdue.items()), until)
-        if not self._overdue:
-            return None
-        newest = max(self._overdue.values(), key=lambda sent: sent.round)
-        flows = self._take(newest.round, None)
-        self._overdue.clear()
-        nothing = _Sent(newest.round, {}, 1.0, newest.public, self.mass, until)
+        nothing = _Sent(last.round, {}, 1.0, last.public, self.mass, until)
+        flows = self._take(nothing)
         return self._mix(nothing, flows) if flows else None
 
     def sent_bytes(self, mixing: Mixing, numel: int, itemsize: int) -> dict[int, int]:
@@ -184,30 +188,31 @@ class SymmetricMixer:
         return {"mass": self.mass, "late": float(self._late), "overdue": float(len(self._overdue))}
 
     def state_dict(self) -> dict[str, Any]:
-        """The mass, and the codec's memory."""
+        """The mass, and the codec's memory. What a neighbour owes even after settle() is not part of it."""
         assert self._open is None, "finish() first"
-        assert not self._overdue, "settle() first"
         return {"mass": self.mass, "codec": self._codec.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what state_dict() gave."""
+        self._open = self._last = None
+        self._overdue.clear()
         self.mass = float(state["mass"])
         self._codec.load_state_dict(state["codec"])
 
     def _has_answered(self, rank: int, sent: _Sent) -> bool:
         return self._port.newest(rank, Kind.VALUE, self._stream) >= sent.round or rank in self._port.lost()
 
-    def _take(self, round: int, now: _Sent | None) -> list[_Flow]:
+    def _take(self, now: _Sent) -> list[_Flow]:
         """Everything that has arrived of rounds up to this one, as flows: those of this round first, by rank."""
         flows = []
         for rank in sorted(self._port.waiting(Kind.VALUE, self._stream)):
-            while (message := self._port.peek(rank, Kind.VALUE, self._stream)) and message.round <= round:
+            while (message := self._port.peek(rank, Kind.VALUE, self._stream)) and message.round <= now.round:
                 self._port.take(rank, Kind.VALUE, self._stream)
                 mine = self._sent_in(rank, message.round, now)
                 counts = mine is not None and not message.flags & SKIPPED
                 if not (counts or self._codec.remembers):
                     continue
-                theirs = self._codec.decode(rank, message.payload, self._like(now))
+                theirs = self._codec.decode(rank, message.payload, now.public)
                 if mine is not None and counts:
                     flows.append(_Flow(rank, mine.weights[rank], mine, theirs, message.mass))
         for rank, sent in list(self._overdue.items()):
@@ -215,10 +220,7 @@ class SymmetricMixer:
                 del self._overdue[rank]
         return sorted(flows, key=lambda flow: (flow.mine is not now, flow.mine.round, flow.rank))
 
-    def _like(self, now: _Sent | None) -> Tensor:
-        return (now or next(iter(self._overdue.values()))).public
-
-    def _sent_in(self, rank: int, round: int, now: _Sent | None) -> _Sent | None:
+    def _sent_in(self, rank: int, round: int, now: _Sent) -> _Sent | None:
         """What this machine gave `rank` in a round, unless it skipped."""
         for sent in (now, self._overdue.get(rank)):
             if sent is not None and sent.round == round and rank in sent.weights:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -32,21 +33,28 @@ class Instant:
 class SimulatedPort:
     """Port of a machine in a Simulation.
 
-    Attributes: sent_bytes, payload bytes so far, by receiver.
+    Attributes: alive; sent_bytes, payload bytes so far, by receiver; sent_by_kind, the same by kind of message;
+    sent_messages; inbox; gone, machines that this one has found lost.
     """
 
-    def __init__(self, simulation: Simulation, rank: int, size: int) -> None:
+    def __init__(self, simulation: Simulation, rank: int, size: int, gone: Iterable[int] = ()) -> None:
         self.rank = rank
         self.size = size
+        self.alive = True
         self.sent_bytes: dict[int, int] = defaultdict(int)
+        self.sent_by_kind: dict[Kind, int] = defaultdict(int)
+        self.sent_messages = 0
         self.inbox = Inbox()
-        self.gone: set[int] = set()
+        self.gone = set(gone)
         self._simulation = simulation
 
     def send(self, to: int, message: Message) -> None:
-        if to not in self.gone:
+        assert to != self.rank, f"machine {to} sends to itself"
+        if self.alive and to not in self.gone:
             self.sent_bytes[to] += len(message.payload)
-            self._simulation.carry(self.rank, to, message)
+            self.sent_by_kind[message.kind] += len(message.payload)
+            self.sent_messages += 1
+            self._simulation.carry(self, to, message)
 
     def peek(self, source: int, kind: Kind, stream: int = 0) -> Message | None:
         return self.inbox.peek(source, kind, stream)
@@ -70,9 +78,11 @@ class SimulatedPort:
 class Simulation:
     """A world of machines that run scripts.
 
+    Machines run one after another, and only the order of events decides which is next: a run repeats bit for bit.
+
     Args:
         size: machines.
-        links: between them.
+        links: between them; messages between two machines keep their order whatever it says.
     Attributes: now_s, virtual seconds; ports, by machine.
     """
 
@@ -85,65 +95,123 @@ class Simulation:
         self._waits: dict[int, tuple[Wait, int]] = {}
         self._scripts: dict[int, Script[Any]] = {}
         self._results: dict[int, Any] = {}
+        self._last_arrival_s: dict[tuple[int, int], float] = {}
 
-    def run(self, scripts: Sequence[Script[Any]]) -> list[Any]:
-        """Run one script per machine, all from now on, until each has ended; returns what they returned."""
+    def run(self, scripts: Sequence[Script[Any] | None]) -> list[Any]:
+        """Run scripts, by machine, all from now on, until each has ended; returns what they returned.
+
+        Args: scripts, None for a machine that does nothing, such as one that is dead.
+        Returns: by machine; None of one that was killed.
+        Raises:
+            RuntimeError: some wait for ever for what nobody will send.
+        """
         self._results = {}
         for rank, script in enumerate(scripts):
-            self._scripts[rank] = script
-            self.at(self.now_s, partial(self._resume, rank))
+            if script is not None:
+                self.start(rank, script)
         while self._scripts:
+            if not self._events:
+                stuck = ", ".join(map(str, sorted(self._scripts)))
+                raise RuntimeError(f"at {self.now_s:g} s machines {stuck} wait for ever: nothing is on its way to them")
             self.now_s, _, happen = heapq.heappop(self._events)
             happen()
-        return [self._results.get(rank) for rank in range(len(scripts))]
+        return [self._results.get(rank) for rank in range(len(self.ports))]
+
+    def start(self, rank: int, script: Script[Any]) -> None:
+        """Let a machine that has nothing to do run a script from now on; run() waits for its end too."""
+        assert rank not in self._scripts, f"machine {rank} has a script"
+        assert self.ports[rank].alive, f"machine {rank} is dead"
+        self._scripts[rank] = script
+        self.at(self.now_s, partial(self._resume, rank, script))
 
     def at(self, time_s: float, happen: Callable[[], None]) -> None:
         """Do something at a virtual time."""
         heapq.heappush(self._events, (time_s, next(self._sequence), happen))
 
-    def carry(self, source: int, to: int, message: Message) -> None:
+    def carry(self, sender: SimulatedPort, to: int, message: Message) -> None:
         """Take a message on its way. Between two machines none overtakes another."""
-        arrival = self._links.arrival_s(source, to, len(message.payload), self.now_s)
-        if arrival is not None:
-            self.at(arrival, lambda: self._deliver(source, to, message))
+        arrival_s = self._links.arrival_s(sender.rank, to, len(message.payload), self.now_s)
+        if arrival_s is None:
+            return
+        pair = sender.rank, to
+        arrival_s = max(arrival_s, self._last_arrival_s.get(pair, 0.0))
+        self._last_arrival_s[pair] = arrival_s
+        self.at(arrival_s, partial(self._deliver, sender, self.ports[to], message))
 
-    def kill(self, rank: int) -> None:
-        """End a machine's script; the others find it lost at once."""
+    def kill(self, rank: int, *, noticed_after_s: float = 0.0) -> None:
+        """End a machine where it stands.
+
+        Args: noticed_after_s, until the others find it lost; what it has sent arrives until then.
+        """
+        port = self.ports[rank]
+        port.alive = False
         self._scripts.pop(rank, None)
         self._waits.pop(rank, None)
+        if noticed_after_s == 0.0:
+            self._notice(port)
+        else:
+            self.at(self.now_s + noticed_after_s, partial(self._notice, port))
+
+    def revive(self, rank: int) -> SimulatedPort:
+        """Put a new machine in the place of a dead one; start() its script. Of the old one nothing more arrives."""
+        assert not self.ports[rank].alive, f"machine {rank} is alive"
+        self._notice(self.ports[rank])
+        dead = [port.rank for port in self.ports if not port.alive and port.rank != rank]
+        self.ports[rank] = SimulatedPort(self, rank, len(self.ports), dead)
+        for pair in [pair for pair in self._last_arrival_s if rank in pair]:
+            del self._last_arrival_s[pair]
         for port in self.ports:
-            if port.rank != rank:
-                port.gone.add(rank)
+            port.gone.discard(rank)
+            port.inbox.forget(rank)
+        return self.ports[rank]
+
+    def part(self, a: int, b: int) -> None:
+        """Two machines find one another lost, such as after a long cut between them."""
+        for port, other in ((self.ports[a], b), (self.ports[b], a)):
+            port.gone.add(other)
+            self._wake(port.rank)
+
+    def _notice(self, dead: SimulatedPort) -> None:
+        if self.ports[dead.rank] is not dead:
+            return  # revived meanwhile
+        for port in self.ports:
+            if port.alive and dead.rank not in port.gone:
+                port.gone.add(dead.rank)
                 self._wake(port.rank)
 
-    def _deliver(self, source: int, to: int, message: Message) -> None:
-        self.ports[to].inbox.put(source, message)
-        self._wake(to)
+    def _deliver(self, sender: SimulatedPort, receiver: SimulatedPort, message: Message) -> None:
+        stale = self.ports[sender.rank] is not sender or sender.rank in receiver.gone
+        if receiver.alive and not stale:
+            receiver.inbox.put(sender.rank, message)
+            self._wake(receiver.rank)
 
     def _wake(self, rank: int) -> None:
         if rank in self._waits and self._waits[rank][0].ready():
-            self._resume(rank)
+            self._resume(rank, self._scripts[rank])
 
-    def _resume(self, rank: int) -> None:
+    def _resume(self, rank: int, script: Script[Any]) -> None:
+        if self._scripts.get(rank) is not script:
+            return  # killed
         self._waits.pop(rank, None)
-        script = self._scripts.get(rank)
-        if script is None:
-            return
         try:
             wait = next(script)
             while wait.ready():
                 wait = next(script)
         except StopIteration as end:
-            self._results[rank] = end.value
-            del self._scripts[rank]
+            if self._scripts.get(rank) is script:
+                self._results[rank] = end.value
+                del self._scripts[rank]
+            return
+        if self._scripts.get(rank) is not script:
             return
         number = next(self._sequence)
         self._waits[rank] = (wait, number)
-        self.at(max(wait.until, self.now_s), lambda: self._time_is_up(rank, number))
+        if wait.until < math.inf:
+            self.at(max(wait.until, self.now_s), partial(self._time_is_up, rank, number))
 
     def _time_is_up(self, rank: int, number: int) -> None:
         if rank in self._waits and self._waits[rank][1] == number:
-            self._resume(rank)
+            self._resume(rank, self._scripts[rank])
 
 
 def pause(port_now_s: float, seconds: float) -> Wait:
