@@ -1,9 +1,9 @@
 """The global average: all machines that are alive take the mean of their weights, the same bits on each.
 
 It happens once or a few times in a run, so it may wait for all. They agree on who takes part, average in two shots
-(each owns a slice, sums what the others send of it in rank order and fp64, and gives the mean of it to all), and agree whether
-each has all of it. If not, because a machine died in between, they begin anew without it; nobody takes a mean that
-another of them does not take.
+(each owns a slice, sums what the others send of it in fp64 and rank order, and gives the mean of it to all), and agree
+whether each has all of it. If not, because a machine died in between, they begin anew without it; nobody takes a mean
+that another of them does not take.
 """
 
 from __future__ import annotations
@@ -117,34 +117,31 @@ class _Shots:
         slices = dict(zip(self._members, value.split(splits), strict=True))
         for rank in self._others:
             self._send(rank, _SLICE, slices[rank], mass)
-        if not (yield from self._all(_SLICE, until, serving)):
+        taken = yield from self._receive(_SLICE, until, serving)
+        if taken is None:
             return None
         own = slices[self._port.rank]
-        masses = {self._port.rank: mass}
-        parts = {self._port.rank: own}
-        for rank in self._others:
-            message = self._take(rank, _SLICE)
-            masses[rank] = message.mass
-            parts[rank] = _read(message.payload, own)
+        masses = {self._port.rank: mass, **{rank: message.mass for rank, message in taken.items()}}
+        parts = {self._port.rank: own, **{rank: _read(message.payload, own) for rank, message in taken.items()}}
         self.mass = sum(masses[rank] for rank in self._members)
         # In fp64, so that the mean of equal weights is these weights.
         total = weighted_sum([parts[r].double() for r in self._members], [masses[r] for r in self._members])
         reduced = total.div_(self.mass).to(own.dtype)
         for rank in self._others:
             self._send(rank, _MEAN, reduced, mass)
-        if not (yield from self._all(_MEAN, until, serving)):
+        taken = yield from self._receive(_MEAN, until, serving)
+        if taken is None:
             return None
-        means = {self._port.rank: reduced}
-        for rank in self._others:
-            means[rank] = _read(self._take(rank, _MEAN).payload, slices[rank])
+        means = {rank: _read(message.payload, slices[rank]) for rank, message in taken.items()}
+        means[self._port.rank] = reduced
         return torch.cat([means[rank] for rank in self._members])
 
     def _send(self, rank: int, shot: int, part: Tensor, mass: float) -> None:
         payload = part.cpu().contiguous().view(torch.uint8)
         self._port.send(rank, Message(Kind.MERGE, self._round, mass, self._stream + shot, self._flags, payload))
 
-    def _all(self, shot: int, until: float, serving: Serving) -> Script[bool]:
-        """Wait for a shot of every other member. False: one will not come."""
+    def _receive(self, shot: int, until: float, serving: Serving) -> Script[dict[int, Message] | None]:
+        """A shot of every other member, once all have come; None: one will not."""
         missing = list(self._others)
 
         def is_decided() -> bool:
@@ -154,7 +151,9 @@ class _Shots:
             return not missing or any(rank in lost and self._peek(rank, shot) is None for rank in missing)
 
         yield from serving.wait(self._port, is_decided, until)
-        return is_decided() and not missing
+        if any(self._peek(rank, shot) is None for rank in self._others):
+            return None
+        return {rank: self._port.take(rank, Kind.MERGE, self._stream + shot) for rank in self._others}
 
     def _peek(self, rank: int, shot: int) -> Message | None:
         """The shot of this attempt from a member; those of attempts that were given up are dropped."""
@@ -163,9 +162,6 @@ class _Shots:
             self._port.take(rank, Kind.MERGE, stream)
         fits = message is not None and message.round == self._round and message.flags == self._flags
         return message if fits else None
-
-    def _take(self, rank: int, shot: int) -> Message:
-        return self._port.take(rank, Kind.MERGE, self._stream + shot)
 
 
 def _read(payload: Tensor, like: Tensor) -> Tensor:
