@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from runner import Row, arguments, report
 
+from thinwire.comm.units import format_rate, parse_rate
 from thinwire.launch.lab import Lab
-from thinwire.launch.lab.units import format_rate, parse_rate
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "configs" / "demo.yaml"

@@ -119,8 +119,8 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where the runs and the plot go.")] = Path("runs/demo"),
 ) -> None:
     """Train a GPT on emulated hosts by each method, and show what each cost."""
+    from thinwire.comm.units import parse_rate
     from thinwire.launch.demo import demo as run
-    from thinwire.launch.lab.units import parse_rate
 
     try:
         rate_bps = parse_rate(rate)

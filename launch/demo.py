@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
+from thinwire.comm.units import format_rate
 from thinwire.launch.comparison import RunOutcome, draw_curves, print_table, read_outcome
 from thinwire.launch.lab import Lab, LabError, why_not
-from thinwire.launch.lab.units import format_rate
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""launch/lab/units.py, spec.py, counters.py, mpi.py: what needs no lab."""
+"""comm/units.py; launch/lab/spec.py, counters.py, mpi.py: what needs no lab."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from thinwire.comm.units import format_bytes, format_rate, parse_delay, parse_loss, parse_rate
 from thinwire.launch.lab.counters import InterfaceCounters, interface_bytes, parse_net_dev
 from thinwire.launch.lab.mpi import mpi_command
 from thinwire.launch.lab.spec import LabError, LabSpec, host_number
-from thinwire.launch.lab.units import format_bytes, format_rate, parse_delay, parse_loss, parse_rate
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from thinwire.comm.units import format_bytes, format_rate, parse_delay, parse_loss, parse_rate
 from thinwire.launch.lab.client import Lab, Links
 from thinwire.launch.lab.control import the_running_lab
 from thinwire.launch.lab.counters import InterfaceCounters
 from thinwire.launch.lab.run import Output, Run
 from thinwire.launch.lab.spec import LabError, host_name, host_number
-from thinwire.launch.lab.units import format_bytes, format_rate, parse_delay, parse_loss, parse_rate
 
 _EXAMPLE = "thinwire lab --hosts 4 --rate 100mbit -- thinwire train CONFIG"
 _USAGE = 2

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from thinwire.launch.lab.units import format_rate
+from thinwire.comm.units import format_rate
 
 MAX_HOSTS = 254
 _NETWORK = "10.77.0."
