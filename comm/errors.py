@@ -33,15 +33,29 @@ class PeerFailedError(CommError):
 
 
 class NonFiniteWeightsError(ArithmeticError):
-    """Weights that the ranks were to average are NaN or infinite. Raised on every rank; none has taken them up.
+    """Weights that the ranks were to average are NaN or infinite, and no rank has taken them up.
+
+    Raised on every rank where all average together; under gossip, by the rank whose weights they are, the others report
+    them as the metric `absent`.
 
     Attributes: ranks whose own weights were not finite; empty if only their mean was not.
     """
 
-    def __init__(self, ranks: Sequence[int]) -> None:
+    def __init__(
+        self, ranks: Sequence[int], outcome: str = "all ranks are back at the weights of the last exchange"
+    ) -> None:
         whose = f"the weights of {name_ranks(ranks)} are" if ranks else "every rank's weights are finite, their mean is"
         super().__init__(
-            f"{whose} NaN or infinite at the end of a round; all ranks are back at the weights of the last exchange. "
+            f"{whose} NaN or infinite at the end of a round; {outcome}. "
             "Lower the learning rate, and clear the optimizers' states before going on"
         )
         self.ranks = tuple(ranks)
+
+
+class OwnWeightsError(NonFiniteWeightsError):
+    """NonFiniteWeightsError of a machine that gossips: it has sent nothing, and goes on from what it is given."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(
+            [rank], "no other machine has been sent them; give this one finite weights, such as a checkpoint's"
+        )

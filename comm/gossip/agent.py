@@ -2,31 +2,246 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from thinwire.comm.errors import OwnWeightsError
 from thinwire.comm.gossip.algorithm import Algorithm
-from thinwire.comm.gossip.port import Port, Script
+from thinwire.comm.gossip.barrier import barrier
+from thinwire.comm.gossip.merge import Merged, average_all
+from thinwire.comm.gossip.message import Kind, Message
+from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Schedule
+
+_SCHEDULED, _ASKED = 0, 1  # streams of average_all(): merges of the schedule, and averages that nobody keeps
+_CALL = 63  # stream of BARRIER: "we meet now", where machines keep no common step
 
 
 class Agent:
     """Runs an algorithm by a schedule. A simulation drives its scripts as a trainer's hooks do.
 
-    Attributes: step, optimizer steps taken.
+    Machines that go in rounds meet, to merge or for a cut, after the same step. Where each keeps its own pace, the
+    first to reach such a step calls the others, who come after the step that they are at: so a straggler delays nobody
+    by more than one of its steps, and when the first has taken its last step, all end.
+
+    Args:
+        steps: optimizer steps of the whole run; None: it has no end.
+        in_rounds: whether all machines go through the same rounds.
+        deadline_s: how long a merge or a cut waits for the last machine.
+    Attributes: step, optimizer steps taken. ended, whether the run is over for all; then before_step() and
+        after_step() do nothing more. stopped, whether that is because one was asked to stop. cut_every: steps between
+        two cuts, 0 = none; cut_due, whether it is time for one. before_merge, after_merge: called around scheduled
+        merges. predicted_bytes, payload bytes that this machine sent in the last step, by machine.
     """
 
-    def __init__(self, replica: Replica, port: Port, algorithm: Algorithm, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        replica: Replica,
+        port: Port,
+        algorithm: Algorithm,
+        schedule: Schedule,
+        *,
+        steps: int | None = None,
+        in_rounds: bool = True,
+        deadline_s: float = 600.0,
+    ) -> None:
         self.replica = replica
         self.port = port
         self.algorithm = algorithm
         self.schedule = schedule
+        self.in_rounds = in_rounds
         self.step = 0
+        self.ended = False
+        self.stopped = False
+        self.cut_every = 0
+        self.cut_due = False
+        self.before_merge: Callable[[], None] = lambda: None
+        self.after_merge: Callable[[], None] = lambda: None
+        self.predicted_bytes: dict[int, int] = {}
+        self._steps = steps
+        self._deadline_s = deadline_s
+        self._last_meeting = 0  # steps after which the last one was due
+        self._number = 0  # of the last cut or average: they rise, and are the same on all machines
+        self._stop_at: int | None = None
+        self._merges = 0
+        self._left_out = 0
+        self._absent = 0
 
     def before_step(self) -> Script[None]:
         """Between backward and the optimizer's step."""
-        yield from self.algorithm.before_step(self.schedule.turn(self.step))
+        if not self.ended:
+            yield from self.algorithm.before_step(self.schedule.turn(self.step))
 
     def after_step(self) -> Script[None]:
-        """After the optimizer's step."""
+        """After the optimizer's step.
+
+        Raises:
+            OwnWeightsError: this machine's weights are not finite. Nobody has been sent them.
+        """
+        self.cut_due = False
+        self.predicted_bytes = {}
+        if self.ended:
+            self.step += 1
+            return
         turn = self.schedule.turn(self.step)
+        self.predicted_bytes = self.algorithm.sent_bytes(turn)
+        if not self.in_rounds:
+            self._refuse_non_finite()  # in rounds the mixer does, which also tells the neighbours
         yield from self.algorithm.after_step(turn)
         self.step += 1
+        if self.in_rounds:
+            yield from self._meet(self.step)
+            yield from self._stop_together()
+        else:
+            yield from self._meet_when_called()
+
+    def cut(self) -> Script[None]:
+        """Come to a state of all machines that belongs together: nothing is on the wire. All call it."""
+        yield from self.algorithm.drain()
+        yield from barrier(
+            self.port,
+            self._next_number(),
+            deadline_s=self._deadline_s,
+            asked=self.algorithm.asked,
+            serve=self.algorithm.serve,
+        )
+        yield from self.algorithm.drain()
+
+    def average(self) -> Script[Merged]:
+        """The mean of the weights of all machines, which keep their own. All call it.
+
+        Raises:
+            OwnWeightsError: this machine's weights are not finite; the others have their mean without them.
+        """
+        return (yield from self._average(self._next_number(), _ASKED))
+
+    def stop(self) -> None:
+        """Ask all machines to end, without a final merge: after this machine's next step, or soon after it."""
+        self.stopped = True
+
+    def metrics(self) -> dict[str, float]:
+        """Those of the algorithm; `merges`, and `left_out` of so many; `lost` machines; `absent`, those not finite."""
+        own = self.algorithm.metrics()
+        return {
+            **own,
+            "merges": float(self._merges),
+            "left_out": float(self._left_out),
+            "lost": float(len(self.port.lost())),
+            "absent": own.get("absent", 0.0) + self._absent,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """After cut(): step, weights, and what the algorithm remembers."""
+        return {
+            "step": self.step,
+            "meeting": self._last_meeting,
+            "merges": self._merges,
+            "weights": self.replica.weights().cpu(),
+            "mass": self.algorithm.mass,
+            "algorithm": self.algorithm.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what state_dict() gave on this machine."""
+        self.go_on(int(state["step"]), int(state["meeting"]), state["weights"])
+        self._merges = int(state["merges"])
+        self.algorithm.load_state_dict(state["algorithm"])
+
+    def go_on(self, step: int, meeting: int, weights: Tensor) -> None:
+        """Stand after so many steps, the last meeting having been due after `meeting`, with these weights."""
+        self.step = step
+        self.replica.set_weights(weights.to(device=self.replica.device, dtype=self.replica.dtype))
+        self._last_meeting = meeting
+        self.ended = self._steps is not None and max(step, meeting) >= self._steps
+
+    def _meet(self, at: int) -> Script[None]:
+        """What is due after `at` steps."""
+        self._last_meeting = at
+        if self.schedule.turn(at - 1).merge:
+            yield from self._merge(at)
+        self.ended = at == self._steps
+        self.cut_due = bool(self.cut_every) and at % self.cut_every == 0 and not self.ended
+
+    def _merge(self, at: int) -> Script[None]:
+        self.before_merge()
+        merged = yield from self._average(at, _SCHEDULED)
+        self._merges += 1
+        if self.port.rank in merged.members:
+            self.replica.set_weights(merged.value)
+            self.algorithm.merged()
+            self.after_merge()
+        else:
+            self._left_out += 1
+
+    def _average(self, number: int, stream: int) -> Script[Merged]:
+        yield from self.algorithm.drain()
+        merged = yield from average_all(
+            self.port,
+            self.replica.weights(),
+            self.algorithm.mass,
+            number=number,
+            deadline_s=self._deadline_s,
+            asked=self.algorithm.asked,
+            serve=self.algorithm.serve,
+            stream=stream,
+        )
+        if self.port.rank in merged.nonfinite:
+            raise OwnWeightsError(self.port.rank)
+        self._absent += len(merged.nonfinite)
+        return merged
+
+    def _next_number(self) -> int:
+        due = self.step if self.in_rounds else self._last_meeting
+        self._number = max(self._number + 1, due << 16)
+        return self._number
+
+    def _meet_when_called(self) -> Script[None]:
+        """Where each machine keeps its own pace: meet where it is time here, or where another says so."""
+        if self.stopped or self._told(Kind.END):
+            if self.stopped:
+                self._tell_all(Message(Kind.END, self.step))
+            self.stopped = self.ended = True
+            return
+        called = max((self.port.newest(rank, Kind.BARRIER, _CALL) for rank in self._others()), default=0)
+        while not self.ended and (at := self._meeting_by(max(called, self.step))) is not None:
+            if called < at:
+                self._tell_all(Message(Kind.BARRIER, at, stream=_CALL))
+            yield from self._meet(at)
+
+    def _meeting_by(self, step: int) -> int | None:
+        """Of the meetings that are due by then and have not been, the last: others no longer come to earlier ones."""
+        for at in range(step, self._last_meeting, -1):
+            if self.schedule.turn(at - 1).merge or at == self._steps or (self.cut_every and at % self.cut_every == 0):
+                return at
+        return None
+
+    def _stop_together(self) -> Script[None]:
+        """Where machines go in rounds and one is asked to stop: all go on to the step that the first has reached."""
+        if self._stop_at is None and not self.ended and (self.stopped or self._told(Kind.END)):
+            self._tell_all(Message(Kind.END, self.step))
+            until = self.port.now() + self._deadline_s
+            yield Wait(lambda: all(self._has_told(rank, Kind.END) for rank in self._others()), until)
+            told = [self.port.newest(rank, Kind.END) for rank in self._others()]
+            self._stop_at = max([self.step, *told])
+        if self._stop_at is not None and self.step >= self._stop_at and not self.ended:
+            self.stopped = self.ended = True
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.port.size) if rank != self.port.rank]
+
+    def _told(self, kind: Kind) -> bool:
+        return any(self.port.newest(rank, kind) >= 0 for rank in self._others())
+
+    def _has_told(self, rank: int, kind: Kind) -> bool:
+        return self.port.newest(rank, kind) >= 0 or rank in self.port.lost()
+
+    def _tell_all(self, message: Message) -> None:
+        for rank in self._others():
+            self.port.send(rank, message)
+
+    def _refuse_non_finite(self) -> None:
+        if not bool(self.replica.weights().isfinite().all()):
+            raise OwnWeightsError(self.port.rank)

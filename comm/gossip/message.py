@@ -28,6 +28,9 @@ class Kind(IntEnum):
 SKIPPED = 1
 """Flag: the sender takes no part in this round on this edge; a payload, if any, only keeps a codec's memory in step."""
 
+NON_FINITE = 2
+"""Flag beside SKIPPED: the sender's vector has a NaN or an infinity, so nothing of it was sent, nor encoded."""
+
 
 def no_payload() -> Tensor:
     return torch.empty(0, dtype=torch.uint8)
@@ -41,7 +44,7 @@ class Message:
         round: a number that both ends agree on, 0..2^64-1.
         mass: push-sum weight that belongs to the payload; its meaning is the kind's.
         stream: tells several vectors of one kind apart, 0..65535.
-        flags: SKIPPED or 0, or bits of the kind's own.
+        flags: 0, SKIPPED or SKIPPED | NON_FINITE, or bits of the kind's own.
         payload: uint8, one-dimensional, on the CPU; never changed after it was handed over.
     """
 

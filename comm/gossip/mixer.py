@@ -14,13 +14,15 @@ knows its own word and will know the other's, so both decide alike. A machine th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from thinwire.comm.errors import OwnWeightsError
 from thinwire.comm.gossip.codec import Codec
-from thinwire.comm.gossip.message import SKIPPED, Kind, Message, no_payload
+from thinwire.comm.gossip.message import NON_FINITE, SKIPPED, Kind, Message, no_payload
 from thinwire.comm.gossip.mixing import Mixing
 from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.kernels.weighted_sum import weighted_sum
@@ -60,7 +62,11 @@ class Mixer(Protocol):
     mass: float
 
     def begin(self, round: int, mixing: Mixing, value: Tensor) -> Tensor:
-        """Send this machine's vector. Returns what was sent, as the others will read it."""
+        """Send this machine's vector. Returns what was sent, as the others will read it.
+
+        Raises:
+            OwnWeightsError: it is not finite. The neighbours have been told to do without it, and no round is open.
+        """
         ...
 
     def finish(self) -> Script[Mixed]:
@@ -129,28 +135,26 @@ class SymmetricMixer:
         self._last: _Sent | None = None  # the last round, where something may still come of it
         self.mass = 1.0
         self._late = 0
+        self._absent = 0
 
     def begin(self, round: int, mixing: Mixing, value: Tensor) -> Tensor:
         """As Mixer says."""
         assert self._open is None
         assert mixing.symmetric
+        refuse_non_finite(self._port, value, round, mixing.sources(self._port.rank), Kind.VALUE, self._stream)
         payload, public = self._codec.encode(round, value)
         row, lost = mixing.rows[self._port.rank], self._port.lost()
         weights = {}
         for rank in mixing.sources(self._port.rank):
-            skipped = rank in self._overdue or rank in lost
-            if not skipped:
+            flags = SKIPPED if rank in self._overdue or rank in lost else self._flags(rank)
+            if not flags & SKIPPED:
                 weights[rank] = row[rank]
-            if skipped:
-                kept_in_step = payload if self._codec.remembers else no_payload()
-                message = Message(Kind.VALUE, round, self.mass, self._stream, SKIPPED, kept_in_step)
-            else:
-                message = Message(Kind.VALUE, round, self.mass, self._stream, 0, payload)
-            self._port.send(rank, message)
+            given = no_payload() if flags & SKIPPED and not self._codec.remembers else payload
+            self._port.send(rank, Message(Kind.VALUE, round, self._stated_mass(), self._stream, flags, given))
         until = self._port.now() + self._deadline_s
         whole = len(weights) == len(mixing.sources(self._port.rank))
         own = row.get(self._port.rank, 0.0) if whole else 1.0 - sum(weights.values())
-        self._open = _Sent(round, weights, own, public, self.mass, until)
+        self._open = _Sent(round, weights, own, public, self._stated_mass(), until)
         return public
 
     def finish(self) -> Script[Mixed]:
@@ -184,8 +188,16 @@ class SymmetricMixer:
         return {} if count is None else {rank: count for rank in mixing.sources(self._port.rank)}
 
     def metrics(self) -> dict[str, float]:
-        """`mass`; `late`, flows that came after their round; `overdue`, neighbours that still owe one."""
-        return {"mass": self.mass, "late": float(self._late), "overdue": float(len(self._overdue))}
+        """`mass`; `late`, flows that came after their round; `overdue`, neighbours that still owe one.
+
+        `absent`, messages of neighbours whose vector was not finite.
+        """
+        return {
+            "mass": self.mass,
+            "late": float(self._late),
+            "overdue": float(len(self._overdue)),
+            "absent": float(self._absent),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The mass, and the codec's memory. What a neighbour owes even after settle() is not part of it."""
@@ -199,6 +211,17 @@ class SymmetricMixer:
         self.mass = float(state["mass"])
         self._codec.load_state_dict(state["codec"])
 
+    def _stated_mass(self) -> float:
+        """What messages say of this machine's mass."""
+        return self.mass
+
+    def _flags(self, rank: int) -> int:
+        """Flags for a neighbour that is there and owes nothing."""
+        return 0
+
+    def _read(self, rank: int, message: Message, like: Tensor) -> Tensor:
+        return self._codec.decode(rank, message.round, message.payload, like)
+
     def _has_answered(self, rank: int, sent: _Sent) -> bool:
         return self._port.newest(rank, Kind.VALUE, self._stream) >= sent.round or rank in self._port.lost()
 
@@ -208,11 +231,14 @@ class SymmetricMixer:
         for rank in sorted(self._port.waiting(Kind.VALUE, self._stream)):
             while (message := self._port.peek(rank, Kind.VALUE, self._stream)) and message.round <= now.round:
                 self._port.take(rank, Kind.VALUE, self._stream)
+                if message.flags & NON_FINITE:
+                    self._absent += 1
+                    continue
                 mine = self._sent_in(rank, message.round, now)
                 counts = mine is not None and not message.flags & SKIPPED
                 if not (counts or self._codec.remembers):
                     continue
-                theirs = self._codec.decode(rank, message.payload, now.public)
+                theirs = self._read(rank, message, now.public)
                 if mine is not None and counts:
                     flows.append(_Flow(rank, mine.weights[rank], mine, theirs, message.mass))
         for rank, sent in list(self._overdue.items()):
@@ -246,3 +272,18 @@ class SymmetricMixer:
             ordered.append((flow.mine.public, -flow.weight * flow.mine.mass * scale))
         average = weighted_sum([vector for vector, _ in ordered], [weight for _, weight in ordered])
         return Mixed(now.public, average, before, self.mass)
+
+
+def refuse_non_finite(
+    port: Port, value: Tensor, round: int, receivers: Iterable[int], kind: Kind, stream: int = 0
+) -> None:
+    """Before a vector is sent in a round: see that it is finite, or tell those who wait for it, and raise.
+
+    Raises:
+        OwnWeightsError: it has a NaN or an infinity.
+    """
+    if bool(value.isfinite().all()):
+        return
+    for rank in receivers:
+        port.send(rank, Message(kind, round, 0.0, stream, SKIPPED | NON_FINITE))
+    raise OwnWeightsError(port.rank)
