@@ -31,7 +31,7 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, source: int, payload: Tensor, like: Tensor) -> Tensor:
+    def decode(self, source: int, round: int, payload: Tensor, like: Tensor) -> Tensor:
         """The public vector of `source`, in the order of its rounds; of the shape, dtype and device of `like`.
 
         Raises:
@@ -65,7 +65,7 @@ class Plain:
         sent = value.to(self._dtype or value.dtype, copy=True)
         return sent.cpu().view(torch.uint8), sent.to(value.dtype)
 
-    def decode(self, source: int, payload: Tensor, like: Tensor) -> Tensor:
+    def decode(self, source: int, round: int, payload: Tensor, like: Tensor) -> Tensor:
         """As Codec says."""
         dtype = self._dtype or like.dtype
         expected = like.numel() * dtype.itemsize
