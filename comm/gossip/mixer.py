@@ -222,17 +222,6 @@ class SymmetricMixer:
     def _read(self, rank: int, message: Message, like: Tensor) -> Tensor:
         return self._codec.decode(rank, message.round, message.payload, like)
 
-    def _stated_mass(self) -> float:
-        """What messages say of this machine's mass."""
-        return self.mass
-
-    def _flags(self, rank: int) -> int:
-        """Flags for a neighbour that is there and owes nothing."""
-        return 0
-
-    def _read(self, rank: int, message: Message, like: Tensor) -> Tensor:
-        return self._codec.decode(rank, message.round, message.payload, like)
-
     def _has_answered(self, rank: int, sent: _Sent) -> bool:
         return self._port.newest(rank, Kind.VALUE, self._stream) >= sent.round or rank in self._port.lost()
 
