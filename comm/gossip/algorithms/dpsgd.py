@@ -11,6 +11,7 @@ from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.codec import Plain
 from thinwire.comm.gossip.mixer import Mixer, SymmetricMixer
 from thinwire.comm.gossip.port import Port, Script
+from thinwire.comm.gossip.push_sum import PushMixer
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Turn
 
@@ -29,7 +30,8 @@ class DPSGDSettings(AlgorithmSettings):
 
     def build(self, parts: Parts) -> DPSGD:
         """The algorithm of one machine."""
-        mixer = SymmetricMixer(parts.port, Plain(WIRE[self.wire]), deadline_s=parts.deadline_s)
+        kind = SymmetricMixer if parts.graph.symmetric else PushMixer
+        mixer = kind(parts.port, Plain(WIRE[self.wire]), deadline_s=parts.deadline_s)
         return DPSGD(parts.replica, parts.port, mixer, overlap=self.overlap)
 
 
@@ -41,6 +43,9 @@ class DPSGD:
     Combine then adapt (overlap):  x_i <- sum_j w_ij x_j + u_i. What is sent is the weights before the update, so the
     exchange goes on during the next forward and backward pass: begun after a step, and added as the difference
     average - sent after the next one.
+
+    On a directed graph the averages are push-sums. Where its rows do not sum to 1, machines with more mass count for
+    more in the mean: algorithms/sgp.py counts all alike.
 
     Args:
         mixer: of the rounds; its deadline bounds what a neighbour can delay.
