@@ -59,12 +59,18 @@ def barrier(
 ) -> Script[frozenset[int]]:
     """Wait until all machines that are alive have come. Returns those that have, the same set to each.
 
+    What they sent to this machine before they came has arrived by then.
+
     Args:
         number: of this barrier, the same on all machines; each later one has a higher one.
         deadline_s: how long the last one is waited for. It is then left out, and its set does not contain itself.
         asked, serve: as Algorithm says.
     """
-    agreed = yield from agree(port, number, True, deadline_s=deadline_s, serving=Serving(asked, serve))
+    serving = Serving(asked, serve)
+    agreed = yield from agree(port, number, True, deadline_s=deadline_s, serving=serving)
+    talk = _Talk(port, number, BARRIER_STREAM)
+    # Nothing overtakes the word that each of them passes on to this machine.
+    yield from serving.wait(port, lambda: talk.all_passed_on(agreed), port.now() + deadline_s)
     return agreed.present
 
 
@@ -126,6 +132,11 @@ class _Talk:
         """Whether all have come that are alive and not overdue."""
         awaited = set(range(self._port.size)) - self._port.lost() - set(overdue) - {self._port.rank}
         return all(self._of(rank, self._come) is not None for rank in awaited)
+
+    def all_passed_on(self, agreed: Agreed) -> bool:
+        """Whether all who were present and are alive have said so to this machine."""
+        awaited = agreed.present - self._port.lost() - {self._port.rank}
+        return all(self._of(rank, self._said) is not None for rank in awaited)
 
     def count(self, vote: bool) -> Agreed:
         """What has come until now, with this machine's own vote."""
