@@ -33,7 +33,7 @@ class AlgorithmSettings(Settings):
     every_step: it is defined only for an exchange at every step.
     in_rounds: all machines go through the same rounds; not: each at its own pace.
     static_graph: it needs the same mixing in every round.
-    needs_sgd: it needs torch.optim.SGD, whose step it corrects.
+    needs_sgd: it needs torch.optim.SGD, one learning rate for all parameters, no dampening: it corrects that step.
     equal_start: machines must begin with the same weights.
     joinable: a machine can enter a run under way with the weights and half the mass of another. False: what the
         algorithm keeps besides the weights would no longer sum to what it must sum to.
