@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from thinwire.comm.gossip.simulation import TryAgain
+
 HEADER_BYTES = 48  # what a message takes on the wire beside its payload
 
 
@@ -100,18 +102,21 @@ class Network:
         self._down_free_s: dict[int, float] = defaultdict(float)
         self._path_free_s: dict[tuple[int, bool], float] = defaultdict(float)
 
-    def arrival_s(self, source: int, to: int, payload_bytes: int, now_s: float) -> float | None:
+    def arrival_s(self, source: int, to: int, payload_bytes: int, now_s: float) -> float | TryAgain | None:
         """As Links says."""
-        begin_s = self._after_cuts(source, to, now_s)
+        cut_until_s = max((cut.end_s for cut in self._cuts if cut.separates(source, to, now_s)), default=None)
+        if cut_until_s is not None:
+            return TryAgain(cut_until_s)
+        late_s = 0.0
         while self._loss and self._chance.random() < self._loss:
             if self._resend_s is None:
                 return None
-            begin_s += self._resend_s
+            late_s += self._resend_s
         bits = 8 * (payload_bytes + HEADER_BYTES)
         path = self._paths.get((source, to)) or self._paths.get((to, source))
         delay_s = self._delay_s if path is None else path.delay_s
         up_s = bits / self._lines.get(source, self._rate_bps)
-        begin_s = max(begin_s, self._up_free_s[source])
+        begin_s = max(now_s, self._up_free_s[source])
         self._up_free_s[source] = begin_s + up_s
         end_s = begin_s + up_s
         if path is not None:
@@ -122,9 +127,4 @@ class Network:
         down_s = bits / self._lines.get(to, self._rate_bps)
         begin_s = max(begin_s + delay_s, self._down_free_s[to])
         self._down_free_s[to] = begin_s + down_s
-        return max(end_s + delay_s, self._down_free_s[to])
-
-    def _after_cuts(self, a: int, b: int, now_s: float) -> float:
-        while (until_s := [cut.end_s for cut in self._cuts if cut.separates(a, b, now_s)]) != []:
-            now_s = max(until_s)
-        return now_s
+        return max(end_s + delay_s, self._down_free_s[to]) + late_s

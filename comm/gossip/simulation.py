@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,11 +16,18 @@ from thinwire.comm.gossip.message import Kind, Message
 from thinwire.comm.gossip.port import Script, Wait
 
 
+@dataclass(frozen=True)
+class TryAgain:
+    """Nothing gets through now: at_s, when to try again. What is sent meanwhile between the two waits behind it."""
+
+    at_s: float
+
+
 class Links(Protocol):
     """How long messages take. A pure function, or one of a seeded generator: runs repeat."""
 
-    def arrival_s(self, source: int, to: int, payload_bytes: int, now_s: float) -> float | None:
-        """When a message that is handed over now arrives; None: it is lost on the way."""
+    def arrival_s(self, source: int, to: int, payload_bytes: int, now_s: float) -> float | TryAgain | None:
+        """When a message that sets off now arrives; None: it is lost on the way."""
         ...
 
 
@@ -96,6 +104,7 @@ class Simulation:
         self._scripts: dict[int, Script[Any]] = {}
         self._results: dict[int, Any] = {}
         self._last_arrival_s: dict[tuple[int, int], float] = {}
+        self._held: dict[tuple[int, int], deque[tuple[SimulatedPort, SimulatedPort, Message]]] = {}
 
     def run(self, scripts: Sequence[Script[Any] | None]) -> list[Any]:
         """Run scripts, by machine, all from now on, until each has ended; returns what they returned.
@@ -130,13 +139,10 @@ class Simulation:
 
     def carry(self, sender: SimulatedPort, to: int, message: Message) -> None:
         """Take a message on its way. Between two machines none overtakes another."""
-        arrival_s = self._links.arrival_s(sender.rank, to, len(message.payload), self.now_s)
-        if arrival_s is None:
-            return
-        pair = sender.rank, to
-        arrival_s = max(arrival_s, self._last_arrival_s.get(pair, 0.0))
-        self._last_arrival_s[pair] = arrival_s
-        self.at(arrival_s, partial(self._deliver, sender, self.ports[to], message))
+        held = self._held.setdefault((sender.rank, to), deque())
+        held.append((sender, self.ports[to], message))
+        if len(held) == 1:
+            self._set_off((sender.rank, to))
 
     def kill(self, rank: int, *, noticed_after_s: float = 0.0) -> None:
         """End a machine where it stands.
@@ -158,8 +164,10 @@ class Simulation:
         self._notice(self.ports[rank])
         dead = [port.rank for port in self.ports if not port.alive and port.rank != rank]
         self.ports[rank] = SimulatedPort(self, rank, len(self.ports), dead)
-        for pair in [pair for pair in self._last_arrival_s if rank in pair]:
-            del self._last_arrival_s[pair]
+        for other in range(len(self.ports)):
+            for pair in ((rank, other), (other, rank)):
+                self._last_arrival_s.pop(pair, None)
+                self._held.pop(pair, None)
         for port in self.ports:
             port.gone.discard(rank)
             port.inbox.forget(rank)
@@ -178,6 +186,22 @@ class Simulation:
             if port.alive and dead.rank not in port.gone:
                 port.gone.add(dead.rank)
                 self._wake(port.rank)
+
+    def _set_off(self, pair: tuple[int, int]) -> None:
+        """Send what is held between two machines, up to the first message that does not get through."""
+        held = self._held.get(pair) or deque()
+        while held:
+            sender, receiver, message = held[0]
+            if sender.alive:
+                arrival_s = self._links.arrival_s(*pair, len(message.payload), self.now_s)
+                if isinstance(arrival_s, TryAgain):
+                    self.at(arrival_s.at_s, partial(self._set_off, pair))
+                    return
+                if arrival_s is not None:
+                    arrival_s = max(arrival_s, self._last_arrival_s.get(pair, 0.0))
+                    self._last_arrival_s[pair] = arrival_s
+                    self.at(arrival_s, partial(self._deliver, sender, receiver, message))
+            held.popleft()
 
     def _deliver(self, sender: SimulatedPort, receiver: SimulatedPort, message: Message) -> None:
         stale = self.ports[sender.rank] is not sender or sender.rank in receiver.gone
