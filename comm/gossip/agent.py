@@ -16,7 +16,8 @@ from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Schedule
 
-_SCHEDULED, _ASKED = 0, 1  # streams of average_all(): merges of the schedule, and averages that nobody keeps
+# Streams of average_all(): merges of the schedule, averages that nobody keeps, and what is averaged besides weights.
+_SCHEDULED, _ASKED, _BESIDES = 0, 1, 2
 _CALL = 63  # stream of BARRIER: "we meet now", where machines keep no common step
 
 
@@ -33,8 +34,9 @@ class Agent:
         deadline_s: how long a merge or a cut waits for the last machine.
     Attributes: step, optimizer steps taken. ended, whether the run is over for all; then before_step() and
         after_step() do nothing more. stopped, whether that is because one was asked to stop. cut_every: steps between
-        two cuts, 0 = none; cut_due, whether it is time for one. before_merge, after_merge: called around scheduled
-        merges. predicted_bytes, payload bytes that this machine sent in the last step, by machine.
+        two cuts, 0 = none; cut_due, whether it is time for one. before_merge, called before a scheduled merge;
+        after_merge, a script after it, which gets its number. predicted_bytes, payload bytes that this machine sent in
+        the last step, by machine.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Agent:
         self.cut_every = 0
         self.cut_due = False
         self.before_merge: Callable[[], None] = lambda: None
-        self.after_merge: Callable[[], None] = lambda: None
+        self.after_merge: Callable[[Agent, int], Script[None]] = _nothing
         self.predicted_bytes: dict[int, int] = {}
         self._steps = steps
         self._deadline_s = deadline_s
@@ -118,6 +120,18 @@ class Agent:
         """
         return (yield from self._average(self._next_number(), _ASKED))
 
+    def merge(self) -> Script[None]:
+        """All machines take the mean of their weights, beside what the schedule says. All call it.
+
+        Raises:
+            OwnWeightsError: this machine's weights are not finite; the others have merged without them.
+        """
+        yield from self._merge(self._next_number(), _ASKED)
+
+    def average_of(self, value: Tensor, at: int) -> Script[Merged]:
+        """The mean of another vector, after the merge of this number. All call it."""
+        return (yield from self._average_all(value, at, _BESIDES))
+
     def stop(self) -> None:
         """Ask all machines to end, without a final merge: after this machine's next step, or soon after it."""
         self.stopped = True
@@ -161,26 +175,29 @@ class Agent:
         """What is due after `at` steps."""
         self._last_meeting = at
         if self.schedule.turn(at - 1).merge:
-            yield from self._merge(at)
+            yield from self._merge(at << 16, _SCHEDULED)
         self.ended = at == self._steps
         self.cut_due = bool(self.cut_every) and at % self.cut_every == 0 and not self.ended
 
-    def _merge(self, at: int) -> Script[None]:
+    def _merge(self, number: int, stream: int) -> Script[None]:
         self.before_merge()
-        merged = yield from self._average(at, _SCHEDULED)
+        merged = yield from self._average(number, stream)
         self._merges += 1
         if self.port.rank in merged.members:
             self.replica.set_weights(merged.value)
             self.algorithm.merged()
-            self.after_merge()
+            yield from self.after_merge(self, number)
         else:
             self._left_out += 1
 
     def _average(self, number: int, stream: int) -> Script[Merged]:
         yield from self.algorithm.drain()
+        return (yield from self._average_all(self.replica.weights(), number, stream))
+
+    def _average_all(self, value: Tensor, number: int, stream: int) -> Script[Merged]:
         merged = yield from average_all(
             self.port,
-            self.replica.weights(),
+            value,
             self.algorithm.mass,
             number=number,
             deadline_s=self._deadline_s,
@@ -195,7 +212,7 @@ class Agent:
 
     def _next_number(self) -> int:
         due = self.step if self.in_rounds else self._last_meeting
-        self._number = max(self._number + 1, due << 16)
+        self._number = max(self._number, due << 16) + 1
         return self._number
 
     def _meet_when_called(self) -> Script[None]:
@@ -245,3 +262,8 @@ class Agent:
     def _refuse_non_finite(self) -> None:
         if not bool(self.replica.weights().isfinite().all()):
             raise OwnWeightsError(self.port.rank)
+
+
+def _nothing(agent: Agent, at: int) -> Script[None]:
+    return
+    yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -81,6 +82,7 @@ class ModelReplica:
         parameters: in an order that is the same on all machines.
         optimizer: whose learning rate is asked for; None: nobody asks.
         statistics: buffers that are averaged with them, such as those of batch normalisation.
+    Attributes: spoilt, whether another shard of this machine is not finite: then weights() are not either.
     """
 
     dtype = torch.float32
@@ -91,9 +93,10 @@ class ModelReplica:
         self._parameters = list(parameters)
         self._tensors = [*self._parameters, *statistics]
         self._optimizer = optimizer
+        self.spoilt = False
         self.device = local(self._tensors[0]).device
         self._sizes = [local(t).numel() for t in self._tensors]
-        self.sizes = self._sizes[: len(self._parameters)]
+        self.sizes: Sequence[int] = self._sizes[: len(self._parameters)]
         self._learned = sum(self.sizes)
         self.numel = sum(self._sizes)
         narrow = any(local(t).dtype != torch.float32 for t in self._tensors)
@@ -108,6 +111,8 @@ class ModelReplica:
     @torch.no_grad()
     def weights(self) -> Tensor:
         """A copy. Of 16-bit parameters the master, moved by what the optimizer has moved the parameters."""
+        if self.spoilt:
+            return torch.full((self.numel,), torch.nan, device=self.device)
         present = self._read()
         if self._master is None or self._rounded is None:
             return present
@@ -140,6 +145,20 @@ class ModelReplica:
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
             local(tensor.grad).copy_(part.view(local(tensor).shape))
+
+    @contextlib.contextmanager
+    def holding(self, value: Tensor) -> Iterator[None]:
+        """Within this context the model has other weights; afterwards its own again, bit for bit."""
+        own = [local(tensor).clone() for tensor in self._tensors]
+        narrow = self._master, self._rounded
+        self.set_weights(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, kept in zip(self._tensors, own, strict=True):
+                    local(tensor).copy_(kept)
+            self._master, self._rounded = narrow
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the model's own state does not have: the master of 16-bit parameters."""
