@@ -79,6 +79,11 @@ class PeerMonitor:
         return cls(rank, addresses, bytes.fromhex(store.get("monitor/key").decode()), sock)
 
     @property
+    def host(self) -> str:
+        """Address at which the others reach this rank."""
+        return self._addresses[self._rank][0]
+
+    @property
     def verdict(self) -> Verdict | None:
         """The first verdict that this rank drew or received, if any."""
         return self._verdict
