@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from thinwire.comm.errors import OwnWeightsError
-from thinwire.comm.gossip.algorithm import Algorithm
+from thinwire.comm.gossip.algorithm import Algorithm, HasCompanion
 from thinwire.comm.gossip.barrier import barrier
 from thinwire.comm.gossip.merge import Merged, average_all
 from thinwire.comm.gossip.message import Kind, Message
@@ -191,19 +191,18 @@ class Agent:
             self._left_out += 1
 
     def _average(self, number: int, stream: int) -> Script[Merged]:
-        yield from self.algorithm.drain()
-        return (yield from self._average_all(self.replica.weights(), number, stream))
+        if self.in_rounds:
+            yield from self.algorithm.drain()
+        else:
+            yield from self.cut()  # an exchange after the vector is handed over would be in no mean
+        algorithm = self.algorithm
+        value = algorithm.averaged() if isinstance(algorithm, HasCompanion) else self.replica.weights()
+        return (yield from self._average_all(value, number, stream))
 
     def _average_all(self, value: Tensor, number: int, stream: int) -> Script[Merged]:
+        # Nobody who takes part asks for anything meanwhile, and who was too late gets answers afterwards.
         merged = yield from average_all(
-            self.port,
-            value,
-            self.algorithm.mass,
-            number=number,
-            deadline_s=self._deadline_s,
-            asked=self.algorithm.asked,
-            serve=self.algorithm.serve,
-            stream=stream,
+            self.port, value, self.algorithm.mass, number=number, deadline_s=self._deadline_s, stream=stream
         )
         if self.port.rank in merged.nonfinite:
             raise OwnWeightsError(self.port.rank)

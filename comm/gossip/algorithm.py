@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
 
 from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.gossip.port import Port, Script
@@ -98,4 +100,13 @@ class Algorithm(Protocol):
 
     def merged(self) -> None:
         """All machines have just taken the global average as their weights: forget what belonged to the old ones."""
+        ...
+
+
+@runtime_checkable
+class HasCompanion(Protocol):
+    """An Algorithm that keeps a companion of its weights: what it preserves is not the mean of the weights alone."""
+
+    def averaged(self) -> Tensor:
+        """What enters a global average in place of the weights, so that it is the mean that is preserved; a copy."""
         ...
