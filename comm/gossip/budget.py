@@ -33,7 +33,7 @@ class BudgetSettings(Settings):
     link_bps: float | None = Field(None, gt=0)
     latency_s: float = Field(0.0, ge=0)
     spend: Literal["early", "late", "even"] = "late"
-    reserve: float = Field(0.5, ge=0, le=1)
+    reserve: float = Field(0.75, ge=0, le=1)
     every: int = Field(1, gt=0)
     merge_at: Literal["end"] | Annotated[int, Field(gt=0)] | None = "end"
 
