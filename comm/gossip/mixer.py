@@ -95,11 +95,13 @@ class Mixer(Protocol):
 class _Sent:
     """What this machine gave in a round, kept until every edge of it has answered.
 
-    weights: of the neighbours that it did not skip; own_weight: what is left for itself.
+    weights: of the neighbours that it did not skip; own_weight: what is left for itself. generations: of those
+    neighbours: one that has begun anew since has not received it, so neither end may count what the other gave.
     """
 
     round: int
     weights: dict[int, float]
+    generations: dict[int, int]
     own_weight: float
     public: Tensor
     mass: float
@@ -144,9 +146,11 @@ class SymmetricMixer:
         refuse_non_finite(self._port, value, round, mixing.sources(self._port.rank), Kind.VALUE, self._stream)
         payload, public = self._codec.encode(round, value)
         row, lost = mixing.rows[self._port.rank], self._port.lost()
-        weights = {}
+        weights: dict[int, float] = {}
+        generations: dict[int, int] = {}
         for rank in mixing.sources(self._port.rank):
-            flags = SKIPPED if rank in self._overdue or rank in lost else self._flags(rank)
+            flags = self._flags(rank) | (SKIPPED if rank in self._overdue or rank in lost else 0)
+            generations[rank] = self._port.generation(rank)
             if not flags & SKIPPED:
                 weights[rank] = row[rank]
             given = no_payload() if flags & SKIPPED and not self._codec.remembers else payload
@@ -154,7 +158,7 @@ class SymmetricMixer:
         until = self._port.now() + self._deadline_s
         whole = len(weights) == len(mixing.sources(self._port.rank))
         own = row.get(self._port.rank, 0.0) if whole else 1.0 - sum(weights.values())
-        self._open = _Sent(round, weights, own, public, self._stated_mass(), until)
+        self._open = _Sent(round, weights, generations, own, public, self._stated_mass(), until)
         return public
 
     def finish(self) -> Script[Mixed]:
@@ -178,7 +182,7 @@ class SymmetricMixer:
             return None
         until = self._port.now() + self._deadline_s
         yield Wait(lambda: all(self._has_answered(rank, sent) for rank, sent in self._overdue.items()), until)
-        nothing = _Sent(last.round, {}, 1.0, last.public, self.mass, until)
+        nothing = _Sent(last.round, {}, {}, 1.0, last.public, self.mass, until)
         flows = self._take(nothing)
         return self._mix(nothing, flows) if flows else None
 
@@ -216,13 +220,16 @@ class SymmetricMixer:
         return self.mass
 
     def _flags(self, rank: int) -> int:
-        """Flags for a neighbour that is there and owes nothing."""
+        """Flags of every message to a neighbour."""
         return 0
 
-    def _read(self, rank: int, message: Message, like: Tensor) -> Tensor:
+    def _read(self, rank: int, message: Message, like: Tensor) -> Tensor | None:
+        """What a payload says; None: nothing to either end, so that it makes no flow."""
         return self._codec.decode(rank, message.round, message.payload, like)
 
     def _has_answered(self, rank: int, sent: _Sent) -> bool:
+        if self._port.generation(rank) != sent.generations[rank]:
+            return True  # it never will
         return self._port.newest(rank, Kind.VALUE, self._stream) >= sent.round or rank in self._port.lost()
 
     def _take(self, now: _Sent) -> list[_Flow]:
@@ -239,7 +246,7 @@ class SymmetricMixer:
                 if not (counts or self._codec.remembers):
                     continue
                 theirs = self._read(rank, message, now.public)
-                if mine is not None and counts:
+                if mine is not None and counts and theirs is not None:
                     flows.append(_Flow(rank, mine.weights[rank], mine, theirs, message.mass))
         for rank, sent in list(self._overdue.items()):
             if self._has_answered(rank, sent):  # also one that is lost, or has begun anew, and never will
@@ -250,7 +257,7 @@ class SymmetricMixer:
         """What this machine gave `rank` in a round, unless it skipped."""
         for sent in (now, self._overdue.get(rank)):
             if sent is not None and sent.round == round and rank in sent.weights:
-                return sent
+                return sent if sent.generations[rank] == self._port.generation(rank) else None
         return None
 
     def _mix(self, now: _Sent, flows: list[_Flow]) -> Mixed:

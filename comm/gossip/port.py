@@ -62,6 +62,15 @@ class Port(Protocol):
         """Machines that are gone. One that comes back as a new machine in the same place is no longer lost."""
         ...
 
+    def generation(self, rank: int) -> int:
+        """How often a machine has begun anew in this place since this one started.
+
+        It does when its process starts again, and when it comes back after the two have counted one another as lost: of
+        what either sent before and the other had not received, nothing arrives any more. What a script sends right
+        after this call is of this generation, or is dropped.
+        """
+        ...
+
     def now(self) -> float:
         """Seconds since some moment; of this machine alone."""
         ...

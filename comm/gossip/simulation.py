@@ -54,6 +54,7 @@ class SimulatedPort:
         self.sent_messages = 0
         self.inbox = Inbox()
         self.gone = set(gone)
+        self.generations: dict[int, int] = defaultdict(int)
         self._simulation = simulation
 
     def send(self, to: int, message: Message) -> None:
@@ -78,6 +79,9 @@ class SimulatedPort:
 
     def lost(self) -> frozenset[int]:
         return frozenset(self.gone)
+
+    def generation(self, rank: int) -> int:
+        return self.generations[rank]
 
     def now(self) -> float:
         return self._simulation.now_s
@@ -171,6 +175,7 @@ class Simulation:
         for port in self.ports:
             port.gone.discard(rank)
             port.inbox.forget(rank)
+            port.generations[rank] += 1
         return self.ports[rank]
 
     def part(self, a: int, b: int) -> None:

@@ -81,6 +81,7 @@ class Link:
         self._incarnation = 0
         self._former: set[int] = set()
         self._epoch = 0
+        self._generation = 0
         self._last: Connection | None = None
         self._kept: deque[Message] = deque()
         self._kept_bytes = 0
@@ -97,11 +98,11 @@ class Link:
     def met(self) -> bool:
         return bool(self._incarnation)
 
-    def push(self, message: Message) -> bool:
-        """Keep a message until it has arrived; whether the other is not lost."""
+    def push(self, message: Message, generation: int) -> bool:
+        """Keep a message until it has arrived; whether it is: not for one that is lost or has begun anew since."""
         count = len(message.payload)
         with self.changed:
-            if self.lost or self.leaving:
+            if self.lost or self.leaving or generation != self._generation:
                 return False
             self._longest_bytes = max(self._longest_bytes, count)
             most_bytes = max(self._limits.backlog_bytes, _SLACK * self._longest_bytes)
@@ -141,6 +142,7 @@ class Link:
                 if self.met and not same:
                     self._former.add(self._incarnation)
                 self.lost = False
+                self._generation += 1
                 self._on_anew()
             counts = theirs.known == self._me[2] and theirs.epoch == mine.epoch and (same or not self.met)
             resume = max(theirs.received, self._first) if counts else 0

@@ -86,6 +86,8 @@ class Post:
         self._inbox = Inbox()
         self._lost: frozenset[int] = frozenset()
         self._generations = [0] * self.size
+        self._seen = [0] * self.size  # generations that the script may know of
+        self._looked = True
         self._failure: BaseException | None = None
         self._closed = False
         self._strangers = threading.Semaphore(_STRANGERS)
@@ -107,13 +109,14 @@ class Post:
         assert payload.dtype == torch.uint8
         assert payload.dim() == 1
         assert payload.is_contiguous()
-        if self._links[to].push(message):
+        if self._links[to].push(message, self._seen[to]):
             self.sent_bytes[to] += len(payload)
             self.meter.record(_operation(message.kind), {self._peers[to]: len(payload)}, {}, 0.0)
 
     def peek(self, source: int, kind: Kind, stream: int = 0) -> Message | None:
         """As Port says."""
         with self._arrived:
+            self._look()
             return self._inbox.peek(source, kind, stream)
 
     def take(self, source: int, kind: Kind, stream: int = 0) -> Message:
@@ -124,20 +127,26 @@ class Post:
     def newest(self, source: int, kind: Kind, stream: int = 0) -> int:
         """As Port says."""
         with self._arrived:
+            self._look()
             return self._inbox.newest(source, kind, stream)
 
     def waiting(self, kind: Kind, stream: int = 0) -> list[int]:
         """As Port says."""
         with self._arrived:
+            self._look()
             return self._inbox.waiting(kind, stream)
 
     def lost(self) -> frozenset[int]:
         """As Port says. A machine that has closed its post is lost at once."""
-        return self._lost
+        with self._arrived:
+            self._look()
+            return self._lost
 
     def generation(self, rank: int) -> int:
         """As Port says."""
-        return self._generations[rank]
+        with self._arrived:
+            self._seen[rank] = self._generations[rank]
+            return self._seen[rank]
 
     def now(self) -> float:
         """As Port says."""
@@ -154,6 +163,7 @@ class Post:
             while not wait.ready() and (left_s := wait.until - time.monotonic()) > 0:
                 self._check()
                 self._arrived.wait(min(left_s, _PAUSE_S))
+            self._look()
         self.exposed_s += time.monotonic() - began
 
     def problems(self) -> dict[int, str]:
@@ -259,8 +269,15 @@ class Post:
         with self._arrived:
             self._inbox.forget(rank)
             self._generations[rank] += 1
+            self._looked = False
             self._lost -= {rank}
             self._arrived.notify_all()
+
+    def _look(self) -> None:
+        """The script sees how things stand: what it sends from now on is of these generations."""
+        if not self._looked:
+            self._seen = list(self._generations)
+            self._looked = True
 
     def _connected(self) -> int:
         return sum(link.connection is not None for link in self._links.values())
