@@ -101,6 +101,43 @@ def lab(
 
 
 @app.command()
+def simulate(
+    config: Config,
+    hosts: Annotated[int, typer.Option(min=1, help="Machines, each with a model of its own.")],
+    overrides: Overrides = None,
+    compute_ms: Annotated[float, typer.Option(help="Virtual milliseconds that a machine computes for a step.")] = 100.0,
+    rate: Annotated[
+        str | None, typer.Option(help="Rate of each machine's line: 100mbit.", show_default="unlimited")
+    ] = None,
+    delay: Annotated[str, typer.Option(help="One-way delay between machines: 20ms.")] = "0",
+    slow: Annotated[
+        list[str] | None, typer.Option(metavar="MACHINE=FACTOR", help="Let a machine compute so many times longer.")
+    ] = None,
+    kill: Annotated[
+        list[str] | None, typer.Option(metavar="MACHINE=SECOND", help="Let a machine die at a virtual second.")
+    ] = None,
+    score: Annotated[int, typer.Option(help="Machines whose own models are evaluated, spread evenly.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.", show_default=False)] = None,
+) -> None:
+    """Run many machines of a gossip method in this process, in virtual time: what real ones would reach and send."""
+    from thinwire.launch.simulate import simulate as run
+
+    code = run(
+        config,
+        overrides or [],
+        hosts=hosts,
+        compute_ms=compute_ms,
+        rate=rate,
+        delay=delay,
+        slow=slow or [],
+        kill=kill or [],
+        score=score,
+        output=output,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
     wait: Annotated[float, typer.Option(help="Seconds that rank 0 waits for the others' answers.")] = 60.0,

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from thinwire.comm.gossip.inbox import Inbox
 from thinwire.comm.gossip.message import Kind, Message
 from thinwire.comm.gossip.port import Port, Script, Wait
-from thinwire.comm.gossip.simulated_network import HEADER_BYTES, Cut, Network, Path
+from thinwire.comm.gossip.simulated_network import HEADER_BYTES, Cut, Network, Trunk
 from thinwire.comm.gossip.simulation import Simulation, pause
 
 
@@ -105,7 +105,7 @@ def test_a_line_carries_one_message_after_another() -> None:
 
 
 def test_a_path_between_two_sites_is_shared_and_a_line_can_be_slow() -> None:
-    bridge = Path(rate_bps=4000, delay_s=1.0)
+    bridge = Trunk(rate_bps=4000, delay_s=1.0)
     between = {(a, b): bridge for a in (0, 1) for b in (2, 3)}
     network = Network(rate_bps=8000, paths=between)
     crossing = arrivals(Simulation(4, network), [(0.0, 0, 2, KILO), (0.0, 1, 3, KILO), (0.0, 2, 0, KILO)])

@@ -15,11 +15,11 @@ HEADER_BYTES = 48  # what a message takes on the wire beside its payload
 
 
 @dataclass(frozen=True)
-class Path:
+class Trunk:
     """What lies between two machines, for each direction by itself.
 
     Args:
-        rate_bps: bits per second, shared by all pairs that are given the same Path object: one line between two sites.
+        rate_bps: bits per second, shared by all pairs that are given the same object: one line between two sites.
         delay_s: one way.
     """
 
@@ -77,7 +77,7 @@ class Network:
         rate_bps: float = math.inf,
         delay_s: float = 0.0,
         lines: Mapping[int, float] | None = None,
-        paths: Mapping[tuple[int, int], Path] | None = None,
+        paths: Mapping[tuple[int, int], Trunk] | None = None,
         cuts: Sequence[Cut] = (),
         loss: float = 0.0,
         resend_s: float | None = 0.2,
