@@ -13,6 +13,7 @@ from onebyte_simulation import BASE_HASH, RUN
 from pydantic import ValidationError
 from torch import Tensor
 
+from thinwire.comm.address import join_address, split_address
 from thinwire.comm.onebyte.membership import handshake, message_code, messages
 from thinwire.comm.onebyte.membership.errors import MessageError
 from thinwire.comm.onebyte.membership.frame import FRAME_BYTES, pack_frame, parse_frame
@@ -20,7 +21,7 @@ from thinwire.comm.onebyte.membership.handshake import TO_TAKE_PART, Greeting
 from thinwire.comm.onebyte.membership.messages import NO_SLOT
 from thinwire.comm.onebyte.membership.promise import Promise, PromiseFile
 from thinwire.comm.onebyte.membership.quorum import is_quorum
-from thinwire.comm.onebyte.membership.settings import MembershipSettings, join_address, split_address
+from thinwire.comm.onebyte.membership.settings import MembershipSettings
 from thinwire.comm.onebyte.rounds import Member, Roster
 
 

@@ -221,6 +221,12 @@ class Link:
             if not self.lost and time.monotonic() - self._heard_at > self._limits.lost_after_s:
                 self._lose(self.problem or f"has been silent for {self._limits.lost_after_s:g} s")
 
+    def complain(self, problem: str) -> None:
+        """Note why there is no connection; not for one that is lost, of which more is known."""
+        with self.changed:
+            if self.connection is None and not self.lost:
+                self.problem = problem
+
     def give_up(self, why: str) -> None:
         """Count the other as lost."""
         with self.changed:

@@ -339,8 +339,8 @@ class Post:
                 link.take_up(connection, mine, theirs)
         except (OSError, PayloadError) as error:
             sock.close()
-            if link is not None and not link.met:
-                link.problem = str(error)
+            if link is not None:
+                link.complain(f"was not greeted: {error}")
             return
         finally:
             self._strangers.release()
@@ -374,7 +374,7 @@ class Post:
         try:
             sock = socket.create_connection(self._addresses[link.rank], timeout=min(_GREET_S, self._lost_after_s))
         except OSError as error:
-            link.problem = f"cannot be reached: {error}"
+            link.complain(f"cannot be reached: {error}")
             return False
         try:
             with self._greeting(sock):
@@ -384,7 +384,7 @@ class Post:
                 link.take_up(connection, mine, theirs)
         except (OSError, PayloadError) as error:
             sock.close()
-            link.problem = f"was not greeted: {error}"
+            link.complain(f"was not greeted: {error}")
             return False
         self._announce()
         self._start(f"receive-{link.rank}", self._receive, link, connection)

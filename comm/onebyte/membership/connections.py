@@ -12,13 +12,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from thinwire.comm.address import split_address
 from thinwire.comm.onebyte.membership import handshake, message_code
 from thinwire.comm.onebyte.membership.core import Outgoing
 from thinwire.comm.onebyte.membership.errors import MessageError
 from thinwire.comm.onebyte.membership.frame import CHECK_BYTES, FRAME, HEADER, Frame, parse_frame
 from thinwire.comm.onebyte.membership.handshake import TAG_BYTES, Greeting
 from thinwire.comm.onebyte.membership.messages import Control
-from thinwire.comm.onebyte.membership.settings import split_address
 
 _KIND = struct.Struct("<H")
 _LENGTH = struct.Struct("<I")

@@ -7,12 +7,12 @@ import socket
 import struct
 import time
 
+from thinwire.comm.address import split_address
 from thinwire.comm.errors import PeerLostError
 from thinwire.comm.onebyte.membership import handshake
 from thinwire.comm.onebyte.membership.errors import MessageError
 from thinwire.comm.onebyte.membership.frame import RUN_BYTES
 from thinwire.comm.onebyte.membership.handshake import TAG_BYTES, Greeting
-from thinwire.comm.onebyte.membership.settings import split_address
 
 _LENGTH = struct.Struct("<I")
 _LIMIT_BYTES = 1 << 26

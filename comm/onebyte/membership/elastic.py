@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from thinwire.comm.address import join_address, split_address
 from thinwire.comm.onebyte.exchange import Change, Turn
 from thinwire.comm.onebyte.log import Log
 from thinwire.comm.onebyte.membership.connections import Connections
@@ -23,7 +24,7 @@ from thinwire.comm.onebyte.membership.ledger import Ledger
 from thinwire.comm.onebyte.membership.messages import NO_SLOT, Control
 from thinwire.comm.onebyte.membership.place import Me
 from thinwire.comm.onebyte.membership.promise import PromiseFile
-from thinwire.comm.onebyte.membership.settings import MembershipSettings, join_address, split_address
+from thinwire.comm.onebyte.membership.settings import MembershipSettings
 from thinwire.comm.onebyte.membership.steps import Model, Steps
 from thinwire.comm.onebyte.membership.work import Seat
 
