@@ -7,8 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from thinwire.comm.gossip.graphs.edge_rates import optimal_rates
+from thinwire.comm.gossip.graphs.edge_use import used_at_rates
 from thinwire.comm.gossip.graphs.links import Link, Links
-from thinwire.comm.gossip.graphs.sequence import Repeating
+from thinwire.comm.gossip.graphs.reach import reached
+from thinwire.comm.gossip.graphs.sequence import Drawn, Repeating
 from thinwire.comm.gossip.graphs.weights import Edge, max_degree, metropolis, pushed, symmetric
 from thinwire.comm.gossip.mixing import Mixing
 from thinwire.comm.settings import Settings
@@ -63,6 +66,11 @@ class EdgesSettings(Settings):
         a sender divides what it has evenly among its receivers and itself (directed, or where all degrees are equal);
         given, the edges say; auto: given if they do, else metropolis, or uniform if directed.
     stochastic: doubly: rows must sum to 1 as well; only a directed graph may be column.
+    rates: every_round, all edges take part in every round; otherwise each takes part with a probability of its own, so
+        that the busiest machine has one partner a round on average: uniform, all the same; plain, those with which
+        pairs that average agree at the least cost; accelerated, the same for A2CiD2 and DADAO: edge_rates.py.
+    cost: what rates are to save: messages, or the seconds that links are busy, of vectors of payload_bytes.
+    seed: of the rounds' draws; null: the run's.
     link, latency: of edges that do not say.
     """
 
@@ -71,6 +79,10 @@ class EdgesSettings(Settings):
     directed: bool = False
     weights: Literal["auto", "metropolis", "max_degree", "uniform", "given"] = "auto"
     stochastic: Literal["auto", "doubly", "column"] = "auto"
+    rates: Literal["every_round", "uniform", "plain", "accelerated"] = "every_round"
+    cost: Literal["messages", "seconds"] = "messages"
+    payload_bytes: int = Field(1 << 20, gt=0)
+    seed: int | None = Field(None, ge=0, lt=2**64)
     link: str = "1gbit"
     latency: str = "1ms"
 
@@ -86,9 +98,11 @@ class EdgesSettings(Settings):
         parse_delay(latency, "latency")
         return latency
 
-    def build(self, size: int, seed: int) -> Repeating:
+    def build(self, size: int, seed: int) -> Repeating | Drawn:
         """The graph of so many machines. Raises ValueError if the edges are not ones of such a graph."""
         edges = self._edges(size)
+        if self.rates != "every_round":
+            return self._sometimes(list(edges), size, seed if self.seed is None else self.seed)
         mixing = self._mixing(edges, size)
         doubly = self.stochastic == "doubly" or (self.stochastic == "auto" and not self.directed)
         if self.stochastic == "column" and not self.directed:
@@ -112,6 +126,27 @@ class EdgesSettings(Settings):
             latency_s = usual.latency_s if edge.latency is None else parse_delay(edge.latency, "latency")
             pairs[self._key(edge)] = Link(bps, latency_s)
         return Links(usual, pairs)
+
+    def _sometimes(self, edges: list[Edge], size: int, seed: int) -> Drawn:
+        if self.directed or self.weights not in ("auto", "metropolis") or any(edge.weight for edge in self.edges):
+            raise ValueError(
+                f"method.graph.rates: {self.rates} is for undirected edges with metropolis weights, since each round "
+                "has other neighbours; drop directed and weights, or say every_round"
+            )
+        if len(reached(0, edges, size, both_ways=True)) < size:
+            raise ValueError("method.graph.edges: disconnected: no rates bring all machines together; add an edge")
+        rates = dict.fromkeys(edges, 1.0)
+        if self.rates != "uniform":
+            links = self.links()
+            cost_s = {edge: links.between(*edge).transfer_s(self.payload_bytes) for edge in edges}
+            found = optimal_rates(
+                edges,
+                size,
+                accelerated=self.rates == "accelerated",
+                cost_s=cost_s if self.cost == "seconds" else None,
+            )
+            rates = found.rates
+        return used_at_rates(f"{len(edges)} edges of {size} at {self.rates} rates", rates, size, seed)
 
     def _key(self, edge: EdgeSettings) -> Edge:
         return edge.ends if self.directed else (min(edge.ends), max(edge.ends))

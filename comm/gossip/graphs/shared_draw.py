@@ -15,6 +15,8 @@ class Purpose(IntEnum):
     ERDOS_RENYI = 2
     EQUI = 3
     THINNING = 4
+    EDGE_USE = 5
+    PROBE = 5
 
 
 def raw(purpose: Purpose, seed: int, round: int, count: int) -> NDArray[np.uint64]:
