@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import pytest
 import torch
+from gossip_digraphs import digraph, one_peer
 from torch import Tensor
 
 from thinwire.comm.errors import OwnWeightsError
@@ -20,24 +21,6 @@ from thinwire.comm.gossip.simulation import Links, Simulation, pause
 from thinwire.comm.wire import PayloadError
 
 SIZE = 16  # elements of a vector
-
-
-def digraph(n: int, seed: int) -> Mixing:
-    """A random strongly connected digraph whose columns sum to 1 and whose rows do not."""
-    chance = np.random.default_rng(seed)
-    rows: list[dict[int, float]] = [{} for _ in range(n)]
-    for j in range(n):
-        targets = {j, (j + 1) % n, *chance.choice(n, size=1).tolist()}
-        weights = chance.dirichlet(np.full(len(targets), 5.0))
-        for i, weight in zip(sorted(targets), weights, strict=True):
-            rows[i][j] = float(weight)
-    return Mixing(rows, symmetric=False)
-
-
-def one_peer(n: int, round: int) -> Mixing:
-    """One-peer exponential: i -> i + 2^round."""
-    shift = 2 ** (round % max(1, (n - 1).bit_length())) % n
-    return Mixing([{i: 0.5, (i - shift) % n: 0.5} for i in range(n)], symmetric=False)
 
 
 class Jitter:
