@@ -160,9 +160,9 @@ class SimulatedRun:
         killed = "".join(f", machine {rank} dies at {at_s:g} s" for rank, at_s in sorted(given.killed_s.items()))
         return "\n".join(
             (
-                f"{given.machines} machines with {self.numel:,} weights each ({format_bytes(weights)}); "
-                f"{self._data.describe()}",
-                f"{train.steps} steps of {train.global_batch // given.machines} sequences on each machine; "
+                f"{given.machines} machine{'s' * (given.machines > 1)} with {self.numel:,} weights each "
+                f"({format_bytes(weights)}); {self._data.describe()}",
+                f"{train.steps} steps of {train.global_batch // given.machines} sequences on each; "
                 f"method gossip: {self.plan.graph.name}, {method.algorithm.kind}, schedule {method.schedule.kind}",
                 f"{1e3 * given.compute_s:g} ms of computing a step{slowed}{killed}; {self._lines()}",
             )
@@ -205,7 +205,7 @@ class SimulatedRun:
             merged=self._scorer.score(self._merged_model),
             sent_bytes=[sum(port.sent_bytes.values()) for port in ports],
             messages=sum(port.sent_messages for port in ports),
-            edges={(port.rank, to): count for port in ports for to, count in sorted(port.sent_bytes.items())},
+            edges=self._edges(),
             kinds=self._kinds(),
             exposed_s=[max(0.0, m.ended_s - m.computed_s) for m in self.machines],
         )
@@ -255,13 +255,22 @@ class SimulatedRun:
         count = min(self.circumstances.scored, len(alive))
         return [alive[i * len(alive) // count] for i in range(count)]
 
-    def _kinds(self) -> dict[str, int]:
-        total: dict[str, int] = {}
+    def _edges(self) -> dict[tuple[int, int], int]:
+        """Payload bytes by (sender, receiver), but for those of control."""
+        edges: dict[tuple[int, int], int] = {}
         for port in self.simulation.ports:
-            for kind, count in port.sent_by_kind.items():
+            for (to, kind), count in sorted(port.sent.items()):
+                if count and kind not in _CONTROL:
+                    edges[port.rank, to] = edges.get((port.rank, to), 0) + count
+        return edges
+
+    def _kinds(self) -> dict[str, int]:
+        kinds: dict[str, int] = {}
+        for port in self.simulation.ports:
+            for (_, kind), count in port.sent.items():
                 name = f"{'control' if kind in _CONTROL else 'gossip'}/{kind.name.lower()}"
-                total[name] = total.get(name, 0) + count
-        return {name: count for name, count in sorted(total.items()) if count}
+                kinds[name] = kinds.get(name, 0) + count
+        return {name: count for name, count in sorted(kinds.items()) if count}
 
     def _lines(self) -> str:
         given = self.circumstances

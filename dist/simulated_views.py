@@ -25,8 +25,8 @@ class View:
     step, least_step: of the fastest machine and the slowest. seconds: virtual. loss: mean of the machines' last steps.
     rms_distance: sqrt((1/n) sum_i |x_i - mean|^2) over the parameters that learn; rms_norm: sqrt((1/n) sum |x_i|^2).
     local: scores of some machines' own models; merged: of the mean's; None where nothing is to be scored.
-    sent_bytes: payload bytes by machine; edges: by (sender, receiver); kinds: by kind of message; messages: their
-    number; exposed_s: virtual seconds of each machine in which it did not compute.
+    sent_bytes: payload bytes by machine; kinds: by kind of message; edges: by (sender, receiver), but for control;
+    messages: their number; exposed_s: virtual seconds of each machine in which it did not compute.
     """
 
     step: int

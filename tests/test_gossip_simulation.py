@@ -266,7 +266,7 @@ def test_bytes_are_counted_as_they_are_sent() -> None:
     port.send(1, message(1, 5, Kind.PROBE))
     port.send(2, message(0, 1))
     assert port.sent_bytes == {1: 15, 2: 1}
-    assert port.sent_by_kind == {Kind.VALUE: 11, Kind.PROBE: 5}
+    assert port.sent == {(1, Kind.VALUE): 10, (1, Kind.PROBE): 5, (2, Kind.VALUE): 1}
     assert port.sent_messages == 3
 
 

@@ -41,8 +41,8 @@ class Instant:
 class SimulatedPort:
     """Port of a machine in a Simulation.
 
-    Attributes: alive; sent_bytes, payload bytes so far, by receiver; sent_by_kind, the same by kind of message;
-    sent_messages; inbox; gone, machines that this one has found lost.
+    Attributes: alive; sent_bytes, payload bytes so far, by receiver; sent, the same by (receiver, kind of message);
+    sent_messages; inbox; gone, machines that this one has found lost; generations, by machine.
     """
 
     def __init__(self, simulation: Simulation, rank: int, size: int, gone: Iterable[int] = ()) -> None:
@@ -50,7 +50,7 @@ class SimulatedPort:
         self.size = size
         self.alive = True
         self.sent_bytes: dict[int, int] = defaultdict(int)
-        self.sent_by_kind: dict[Kind, int] = defaultdict(int)
+        self.sent: dict[tuple[int, Kind], int] = defaultdict(int)
         self.sent_messages = 0
         self.inbox = Inbox()
         self.gone = set(gone)
@@ -61,7 +61,7 @@ class SimulatedPort:
         assert to != self.rank, f"machine {to} sends to itself"
         if self.alive and to not in self.gone:
             self.sent_bytes[to] += len(message.payload)
-            self.sent_by_kind[message.kind] += len(message.payload)
+            self.sent[to, message.kind] += len(message.payload)
             self.sent_messages += 1
             self._simulation.carry(self, to, message)
 
