@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from thinwire.comm.allreduce import allreduce
 from thinwire.comm.compress.door import compress
+from thinwire.comm.gossip.door import gossip
 from thinwire.comm.local_sgd.door import local_sgd
 from thinwire.comm.method import Method
 from thinwire.comm.onebyte.optimizer import OneByteSPSA
@@ -118,6 +119,22 @@ def enter_local_sgd(**options: Any) -> Enter:
     return enter
 
 
+def enter_gossip(**options: Any) -> Enter:
+    def enter(rank: Rank, queue: CommQueue, model: nn.Module) -> Run:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
+        method = gossip(optimizer, model=model, queue=queue, **{"deadline_s": 30.0, **options})
+        OPENED.append(method)
+
+        def step(x: Tensor) -> None:
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+        return Run(model, optimizer, method, step)
+
+    return enter
+
+
 def enter_onebyte(**options: Any) -> Enter:
     def enter(rank: Rank, queue: CommQueue, model: nn.Module) -> Run:
         optimizer = OneByteSPSA(model.named_parameters(), 0.001, model=model, queue=queue, **options)
@@ -130,6 +147,9 @@ def enter_onebyte(**options: Any) -> Enter:
 
     return enter
 
+
+OPENED: list[Method] = []
+"""Methods whose threads outlive their queue: a test ends with their remove()."""
 
 GROUPS = {1: [[0]], 2: [[0, 1]], 3: [[0, 1, 2]], 4: [[0, 1], [2, 3]]}
 
@@ -200,6 +220,25 @@ METHODS = [
         lossless=False,
         close=False,
     ),
+    Row("gossip-dpsgd", enter_gossip(graph="complete"), lossless=True),
+    Row("gossip-ring", enter_gossip(graph="ring"), lossless=False),
+    Row("gossip-bf16", enter_gossip(graph="complete", algorithm={"kind": "dpsgd", "wire": "bf16"}), lossless=False),
+    Row(
+        "gossip-merge",
+        enter_gossip(graph="complete", schedule={"kind": "every", "steps": 2, "merge_at": 3}),
+        lossless=True,
+    ),
+    Row("gossip-tracking", enter_gossip(graph="complete", algorithm="gradient_tracking"), lossless=False),
+    Row("gossip-d2", enter_gossip(graph="complete", algorithm="d2"), lossless=False),
+    Row("gossip-decentlam", enter_gossip(graph="complete", algorithm="decentlam"), lossless=False),
+    Row(
+        "gossip-slowmo",
+        enter_gossip(graph="complete", algorithm={"kind": "slowmo", "every": 3}),
+        lossless=False,
+        close=False,
+    ),
+    Row("gossip-noloco", enter_gossip(graph="complete", algorithm="noloco"), lossless=False, close=False),
+    Row("gossip-corrected", enter_gossip(graph="complete", algorithm="variance_corrected"), lossless=False),
     Row("onebyte", enter_onebyte(samples=4), lossless=False, close=False),
     Row(
         "onebyte-shared",

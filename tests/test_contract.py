@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from contract_rows import METHODS, WIDTH, Row, Run
+from contract_rows import METHODS, OPENED, WIDTH, Row, Run
 from ranks import Rank, run_ranks
 from torch import Tensor, nn
 
@@ -17,6 +18,13 @@ from thinwire.comm.method import Method, agreed_weights
 SIZE = 3
 every_method = pytest.mark.parametrize("row", METHODS, ids=str)
 _seeding = threading.Lock()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().remove()
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -123,10 +131,13 @@ def test_metered_bytes_are_the_predicted_ones_and_replicas_agree(row: Row) -> No
         queue = rank.queue(levels=levels[rank.rank])
         run = row.enter(rank, queue, make_model())
         for step in range(4):
-            before = queue.meter.sent_bytes()
+            before, told = queue.meter.sent_bytes(), queue.meter.sent_bytes("control/")
             run.step(batch(rank.rank, step))
-            after = queue.meter.sent_bytes()
-            sent = {level: after[level] - before.get(level, 0) for level in after}
+            after, told_after = queue.meter.sent_bytes(), queue.meter.sent_bytes("control/")
+            sent = {
+                level: after[level] - before.get(level, 0) - told_after.get(level, 0) + told.get(level, 0)
+                for level in after
+            }
             assert {level: count for level, count in sent.items() if count} == run.method.predicted_bytes()
         queue.close()
         return agreed(run)

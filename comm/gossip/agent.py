@@ -16,8 +16,8 @@ from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Schedule
 
-# Streams of average_all(): merges of the schedule, averages that nobody keeps, and what is averaged besides weights.
-_SCHEDULED, _ASKED, _BESIDES = 0, 1, 2
+# Streams of average_all(): merges of the schedule, averages that are asked for, and what is averaged besides weights.
+_SCHEDULED, _ASKED, _BESIDES = 0, 1, 3  # 2 is SlowMo's
 _CALL = 63  # stream of BARRIER: "we meet now", where machines keep no common step
 
 
@@ -73,9 +73,17 @@ class Agent:
         self._absent = 0
 
     def before_step(self) -> Script[None]:
-        """Between backward and the optimizer's step."""
+        """Between backward and the optimizer's step.
+
+        Raises:
+            OwnWeightsError: as after_step(), of algorithms that exchange here. The step counts as taken.
+        """
         if not self.ended:
-            yield from self.algorithm.before_step(self.schedule.turn(self.step))
+            try:
+                yield from self.algorithm.before_step(self.schedule.turn(self.step))
+            except OwnWeightsError:
+                self.step += 1  # the others have gone through this round
+                raise
 
     def after_step(self) -> Script[None]:
         """After the optimizer's step.
@@ -92,7 +100,11 @@ class Agent:
         self.predicted_bytes = self.algorithm.sent_bytes(turn)
         if not self.in_rounds:
             self._refuse_non_finite()  # in rounds the mixer does, which also tells the neighbours
-        yield from self.algorithm.after_step(turn)
+        try:
+            yield from self.algorithm.after_step(turn)
+        except OwnWeightsError:
+            self.step += 1  # the others have gone through this round
+            raise
         self.step += 1
         if self.in_rounds:
             yield from self._meet(self.step)

@@ -101,7 +101,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         return model
     ranks = dist.get_process_group_ranks(model.process_group) if dist.is_initialized() else []
     if model.process_group.size() == 1:
-        return model.module
+        module: nn.Module = model.module
+        return module
     raise ValueError(
         f"model: DistributedDataParallel averages its gradients among {model.process_group.size()} ranks"
         f"{f' ({ranks})' if ranks else ''}, and gossip gives each rank a model of its own; give the module itself, or "

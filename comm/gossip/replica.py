@@ -171,7 +171,7 @@ class ModelReplica:
             self._rounded = self._read()
 
     def _learned_parts(self, flat: Tensor) -> Sequence[Tensor]:
-        return torch.split(flat[: self._learned], self.sizes)
+        return torch.split(flat[: self._learned], list(self.sizes))
 
     def _read(self) -> Tensor:
         with torch.no_grad():

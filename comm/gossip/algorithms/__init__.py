@@ -6,9 +6,23 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
+from thinwire.comm.gossip.algorithms.d2 import D2Settings
+from thinwire.comm.gossip.algorithms.decentlam import DecentLaMSettings
 from thinwire.comm.gossip.algorithms.dpsgd import DPSGDSettings
+from thinwire.comm.gossip.algorithms.gradient_tracking import GradientTrackingSettings
+from thinwire.comm.gossip.algorithms.noloco import NoLoCoSettings
+from thinwire.comm.gossip.algorithms.slowmo import SlowMoSettings
+from thinwire.comm.gossip.algorithms.variance_corrected import VarianceCorrectedSettings
 
-EachAlgorithm: TypeAlias = DPSGDSettings
+EachAlgorithm: TypeAlias = (
+    DPSGDSettings
+    | GradientTrackingSettings
+    | D2Settings
+    | DecentLaMSettings
+    | SlowMoSettings
+    | NoLoCoSettings
+    | VarianceCorrectedSettings
+)
 
 
 def from_name(given: Any) -> Any:
@@ -16,5 +30,5 @@ def from_name(given: Any) -> Any:
     return {"kind": given} if isinstance(given, str) else given
 
 
-AnyAlgorithm: TypeAlias = Annotated[EachAlgorithm, BeforeValidator(from_name)]
+AnyAlgorithm: TypeAlias = Annotated[EachAlgorithm, Field(discriminator="kind"), BeforeValidator(from_name)]
 """Settings of any algorithm, by `kind`; a string is the kind with its defaults."""

@@ -69,6 +69,8 @@ class GradientTracking(InRounds):
     def before_step(self, turn: Turn) -> Script[None]:
         """Give the optimizer y for the gradient."""
         gradient = self._replica.gradient()[: self._learned]
+        if not bool(gradient.isfinite().all()):
+            return  # the optimizer will show it in the weights, which are then not sent; y goes on without it
         change = gradient if self._gradient is None else gradient - self._gradient
         if self.mass != 1.0:
             change = change / self.mass
