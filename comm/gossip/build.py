@@ -10,7 +10,8 @@ from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.algorithm import Parts
 from thinwire.comm.gossip.budget import BudgetSettings
 from thinwire.comm.gossip.graphs import build_graph
-from thinwire.comm.gossip.graphs.base_k import BaseKSettings
+from thinwire.comm.gossip.graphs.choose import choose_graph
+from thinwire.comm.gossip.graphs.links import Links
 from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.gossip.port import Port
 from thinwire.comm.gossip.replica import Replica, VectorReplica
@@ -24,7 +25,7 @@ from thinwire.comm.gossip.turn import Schedule, Turn
 class Plan:
     """What all machines of a run have decided alike.
 
-    steps: optimizer steps of the run; None: nobody has said. why: this graph.
+    steps: optimizer steps of the run; None: nobody has said. why: this graph, where auto chose it.
     """
 
     settings: GossipSettings
@@ -34,19 +35,24 @@ class Plan:
     why: str = ""
 
 
-def make_plan(settings: GossipSettings, size: int, *, steps: int | None, numel: int) -> Plan:
+def make_plan(
+    settings: GossipSettings, size: int, *, steps: int | None, numel: int, links: Links | None = None
+) -> Plan:
     """Graph and schedule of a run; the same on every machine.
 
     Args:
         size: machines.
         steps: optimizer steps of the run; None: unknown.
         numel: elements of a machine's vector.
+        links: as measured, the same on every machine, for graph: auto; None: choose.py says what it assumes.
     Raises:
         ValueError: graph, algorithm and schedule do not fit together, or not so many machines or steps.
     """
     why = ""
     if settings.graph == "auto":
-        graph = build_graph(BaseKSettings(), size, settings.seed)
+        algorithm = settings.algorithm
+        choice = choose_graph(size, 4 * numel, links, static=algorithm.static_graph, own_pace=not algorithm.in_rounds)
+        graph, why = build_graph(choice.settings, size, settings.seed), f" ({choice.reason})"
     else:
         graph = build_graph(settings.graph, size, settings.seed)
     _check(settings, graph)
