@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.build import Plan, build_agent, make_plan
 from thinwire.comm.gossip.graphs.edges import EdgesSettings
+from thinwire.comm.gossip.graphs.links import Link, Links
 from thinwire.comm.gossip.machine import Machine, examine
 from thinwire.comm.gossip.message import Kind
 from thinwire.comm.gossip.optimizer_state import OptimizerState
@@ -134,7 +135,10 @@ class SimulatedRun:
                 f"optimizer.kind: {config.optimizer.kind}, but method.algorithm: {config.method.algorithm.kind} "
                 "corrects the step of SGD; give optimizer.kind=sgd, or method.algorithm=dpsgd"
             )
-        plan = make_plan(config.method, size, steps=config.train.steps, numel=first.replica.numel)
+        links = (
+            Links(Link(circumstances.rate_bps, circumstances.delay_s)) if circumstances.rate_bps < math.inf else None
+        )
+        plan = make_plan(config.method, size, steps=config.train.steps, numel=first.replica.numel, links=links)
         self.plan = replace(plan, schedule=_Remembered(plan))
         self.numel = first.replica.numel
         self.simulation = Simulation(size, _network(config.method, circumstances))
@@ -163,7 +167,8 @@ class SimulatedRun:
                 f"{given.machines} machine{'s' * (given.machines > 1)} with {self.numel:,} weights each "
                 f"({format_bytes(weights)}); {self._data.describe()}",
                 f"{train.steps} steps of {train.global_batch // given.machines} sequences on each; "
-                f"method gossip: {self.plan.graph.name}, {method.algorithm.kind}, schedule {method.schedule.kind}",
+                f"method gossip: {self.plan.graph.name}, {method.algorithm.kind}, schedule {method.schedule.kind}"
+                f"{self.plan.why}",
                 f"{1e3 * given.compute_s:g} ms of computing a step{slowed}{killed}; {self._lines()}",
             )
         )
