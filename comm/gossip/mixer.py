@@ -14,10 +14,11 @@ knows its own word and will know the other's, so both decide alike. A machine th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from thinwire.comm.errors import OwnWeightsError
@@ -26,6 +27,8 @@ from thinwire.comm.gossip.message import NON_FINITE, SKIPPED, Kind, Message, no_
 from thinwire.comm.gossip.mixing import Mixing
 from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.kernels.weighted_sum import weighted_sum
+
+_FP32_STEPS = 1 << 22  # multiples of 1 / this, and 1 less them, are numbers of fp32
 
 
 @dataclass(frozen=True)
@@ -273,12 +276,31 @@ class SymmetricMixer:
         terms = {self._port.rank: (now.public, (own * now.mass + (before - now.mass)) * scale)}
         for rank, flow in on_time.items():
             terms[rank] = (flow.theirs, flow.weight * flow.mass * scale)
+        own_place = sorted(terms).index(self._port.rank)
         ordered = [terms[rank] for rank in sorted(terms)]
         for flow in late:
             ordered.append((flow.theirs, flow.weight * flow.mass * scale))
             ordered.append((flow.mine.public, -flow.weight * flow.mine.mass * scale))
-        average = weighted_sum([vector for vector, _ in ordered], [weight for _, weight in ordered])
+        weights = summing_to_one([weight for _, weight in ordered], own_place, now.public.dtype)
+        average = weighted_sum([vector for vector, _ in ordered], weights)
         return Mixed(now.public, average, before, self.mass)
+
+
+def summing_to_one(weights: Sequence[float], own: int, dtype: torch.dtype) -> list[float]:
+    """The weights of a mean so that they sum to 1 in fp32 as well, where they are rounded to.
+
+    Three times 1/3 would be 1 + 3e-8, and what is averaged in every step grow by that in every step: the mean with it.
+    An error of a single weight weighs what two machines disagree in; both ends of an edge make the same.
+
+    Args:
+        own: place of this machine's weight, which takes what the others leave.
+        dtype: of the vectors.
+    """
+    if dtype != torch.float32:
+        return list(weights)
+    rounded = [round(weight * _FP32_STEPS) / _FP32_STEPS for weight in weights]
+    rounded[own] = 1.0 - (sum(rounded) - rounded[own])
+    return rounded
 
 
 def refuse_non_finite(

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from thinwire.comm.gossip.codec import Codec
 from thinwire.comm.gossip.message import NON_FINITE, Kind, Message
-from thinwire.comm.gossip.mixer import Mixed, refuse_non_finite
+from thinwire.comm.gossip.mixer import Mixed, refuse_non_finite, summing_to_one
 from thinwire.comm.gossip.mixing import Mixing
 from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.kernels.weighted_sum import weighted_sum
@@ -198,5 +198,8 @@ class PushMixer:
         self._mass = now.kept.mass + sum(parcel.mass for parcel in parcels)
         terms = [now.kept, *parcels]
         scale = 1.0 / self._mass
-        average = weighted_sum([term.vector for term in terms], [term.scale * scale for term in terms])
+        weights = [term.scale * scale for term in terms]
+        if all(term.scale == term.mass for term in terms):
+            weights = summing_to_one(weights, 0, now.public.dtype)
+        average = weighted_sum([term.vector for term in terms], weights)
         return Mixed(now.public, average.to(now.public.dtype), now.mass, self._mass)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.algorithms.in_rounds import InRounds, Wire, mixer_of, refuse_directed
@@ -70,7 +71,11 @@ class D2(InRounds):
     others go on as if its objective were the linear one of its last gradient; a merge sets all e to 0. A machine cannot
     join: what it would take over of e belongs to its donor. Statistics are averaged without e.
 
-    Sends what D-PSGD does. Memory: e.
+    e moves x at every later step, so an error in its sum moves the mean in proportion to the steps taken. Mixed in
+    fp32, e would take over the rounding of x. Values travel in fp32 all the same, but are mixed in fp64 here, which
+    leaves e only the rounding of its own.
+
+    Sends what D-PSGD does. Memory: e, and a vector in fp64 during the exchange.
 
     Args:
         mixer: of the rounds.
@@ -84,23 +89,20 @@ class D2(InRounds):
 
     def after_step(self, turn: Turn) -> Script[None]:
         """As Algorithm says."""
-        value = self._replica.weights()
+        value = self._replica.weights().double()
         value[: self._learned] += self._gained
         after = value
         if turn.mixing is not None:
             mixed = yield from self._exchange(turn.round, lazy(turn.mixing) if self._lazy else turn.mixing, value)
             after = mixed.onto(value)
-            self._gained += after[: self._learned] - value[: self._learned]
-        self._replica.set_weights(after)
+        self._adopt(value, after)
 
     def drain(self) -> Script[None]:
         """As Algorithm says."""
         late = yield from self._mixer.settle()
         if late is not None:
-            before = self._replica.weights()
-            after = late.onto(before)
-            self._gained += after[: self._learned] - before[: self._learned]
-            self._replica.set_weights(after)
+            before = self._replica.weights().double()
+            self._adopt(before, late.onto(before))
 
     def metrics(self) -> dict[str, float]:
         """What the mixer says, and `correction_norm`, of e."""
@@ -118,6 +120,11 @@ class D2(InRounds):
     def merged(self) -> None:
         """e <- 0, on all machines at once."""
         self._gained.zero_()
+
+    def _adopt(self, before: Tensor, after: Tensor) -> None:
+        """Take over what an exchange has made of `before`."""
+        self._gained += (after - before)[: self._learned]
+        self._replica.set_weights(after.to(self._replica.dtype))
 
 
 def lazy(mixing: Mixing) -> Mixing:

@@ -25,6 +25,7 @@ class DecentLaMSettings(AlgorithmSettings):
     wire: Wire = "fp32"
 
     every_step: ClassVar[bool] = True
+    static_graph: ClassVar[bool] = True
     needs_sgd: ClassVar[bool] = True
 
     def build(self, parts: Parts) -> DecentLaM:
@@ -53,6 +54,10 @@ class DecentLaM(InRounds):
     comes after its deadline enters ghat of its round, so what it moves in the end, flow / (1 - beta), is the same at
     both ends while the learning rate is. What is exact at every moment is sum_i (x_i - lr beta / (1 - beta) m_i) with
     the momentum m, less the flows that have not come.
+
+    It needs the same W at every step, as the paper assumes: momentum goes on moving x along the edges of earlier
+    rounds, and where these change from round to round (one-peer graphs, matchings) that makes machines diverge; so it
+    does with beta from 0.8 on, whatever the learning rate.
 
     At a learning rate of 0 (the first step of a warm-up) x <- W x, and the gradient is left alone. A parameter of 16
     bits has a gradient of 16 bits: its ghat is rounded to that, and the mean with it; give fp32 parameters.

@@ -27,7 +27,8 @@ def mixer_of(parts: Parts, wire: Wire = "fp32") -> Mixer:
         wire: what values are rounded to on the way; the mean is kept all the same.
     """
     kind = SymmetricMixer if parts.graph.symmetric else PushMixer
-    return kind(parts.port, Plain(WIRE[wire]), deadline_s=parts.deadline_s)
+    # The dtype on the wire is the replica's also where an algorithm mixes in a wider one.
+    return kind(parts.port, Plain(WIRE[wire] or parts.replica.dtype), deadline_s=parts.deadline_s)
 
 
 def refuse_directed(parts: Parts, kind: str) -> None:

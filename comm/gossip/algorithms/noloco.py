@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.algorithms.in_rounds import InRounds, Wire, mixer_of, refuse_directed
 from thinwire.comm.gossip.mixer import Mixer
+from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.gossip.port import Script
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Turn
@@ -36,11 +39,19 @@ class NoLoCoSettings(AlgorithmSettings):
         """The algorithm of one machine.
 
         Raises:
-            ValueError: the graph is directed.
+            ValueError: the graph is directed; or on this graph machines diverge with this momentum and pull.
         """
         refuse_directed(parts, self.kind)
+        self._refuse_divergence(parts.graph)
         mixer = mixer_of(parts, self.wire)
         return NoLoCo(parts.replica, mixer, momentum=self.momentum, lr=self.lr, pull=self.pull)
+
+    def _refuse_divergence(self, graph: Graph) -> None:
+        if (limit := _largest_pull(graph, self.momentum)) is not None and self.pull >= limit:
+            raise ValueError(
+                f"method.algorithm.pull: {self.pull:g} with momentum {self.momentum:g}: on method.graph {graph.name} "
+                f"machines would diverge; give a pull below {limit:.4g}, or less momentum"
+            )
 
 
 class NoLoCo(InRounds):
@@ -56,6 +67,11 @@ class NoLoCo(InRounds):
     The mean: mean(m) <- momentum mean(m) + lr mean(d). A flow that comes after its deadline enters the m of its round;
     what it moves in the end is the same at both ends. What is exact at every moment is
     sum_i (phi_i + momentum / (1 - momentum) m_i), less the flows that have not come.
+
+    What machines disagree in changes from round to round by a factor that momentum, pull and W decide alone:
+    pair_moments() for random pairs, whose mean square the defaults divide by 1.5 in a round (n = 8). The paper's
+    interval for pull, as far as we know it (between momentum and 2 + momentum for pairs), has values at which it grows,
+    such as 2.2 at momentum 0.5.
 
     Unlike the paper, any undirected graph; who has no partner in a round takes its outer step alone. A merge sets phi
     to the average and m to 0. A machine cannot join: it would need its donor's phi and m. Statistics are averaged as
@@ -119,3 +135,38 @@ class NoLoCo(InRounds):
         """phi <- the average, m <- 0."""
         self._slow = self._replica.weights()
         self._momentum.zero_()
+
+
+def pair_moments(momentum: float, pull: float, size: int) -> NDArray[np.float64]:
+    """How disagreement changes in a round of uniformly random pairs, for machines that do not train.
+
+    With phi and m less their means, and averaged over pairings and machines: (E phi^2, E phi m, E m^2) after a round is
+    this matrix times the same before it. For an odd size one machine has no partner.
+
+    Returns:
+        3 x 3; machines come together in the mean square if its eigenvalues are within the unit circle.
+    """
+    # With q = (phi_partner - phi) / 2, m <- momentum m + pull q and phi <- phi + m. Averaged over all partners, what is
+    # a partner's is -1/(n-1) of one's own: E q^2 = k/2 E phi^2, E q phi = -k/2 E phi^2, E q m = -k/2 E phi m.
+    k = size / (size - 1) if size % 2 == 0 else 1.0
+    cross = np.array([-pull * k / 2, momentum, 0.0])
+    square = np.array([pull * pull * k / 2, -momentum * pull * k, momentum * momentum])
+    return np.stack([np.array([1.0, 0.0, 0.0]) + 2 * cross + square, cross + square, square])
+
+
+def _largest_pull(graph: Graph, momentum: float) -> float | None:
+    """The pull from which on machines diverge; None if we do not know it for such a graph."""
+    if graph.size < 2:
+        return None
+    if graph.period == 1:  # heavy ball in the eigenvectors of I - W
+        spread = 1.0 - float(np.linalg.eigvalsh(graph.mixing(0).matrix())[0])
+        return 2.0 * (1.0 + momentum) / spread
+    halves = all(weight in (0.5, 1.0) for row in graph.mixing(0).rows for weight in row.values())
+    if graph.period == 0 and halves:
+        low, high = 0.0, 4.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            radius = float(np.abs(np.linalg.eigvals(pair_moments(momentum, middle, graph.size))).max())
+            low, high = (middle, high) if radius < 1.0 else (low, middle)
+        return low
+    return None
