@@ -188,8 +188,8 @@ class Text:
     name = "text"
     measure = "bits per byte"
     better = -1
-    every = 8
-    rounds = 48
+    every = 6
+    rounds = 40
     context = 64
     batch = 4
 

@@ -93,14 +93,16 @@ def test_rounds_are_numbered_through_all_parts():
 
 @pytest.mark.parametrize("spend", ["late", "early", "even"])
 def test_a_budget_is_kept_and_spent_where_it_is_told(spend):
-    settings = BudgetSettings(total_bytes=11 * 200 + 200, spend=spend, reserve=0.5, every=2)
-    plan = turns(settings, 100)
+    numel, vector = 960, 3840
+    settings = BudgetSettings(total_bytes=24 * vector, spend=spend, reserve=0.5, every=2)
+    plan = turns(settings, 100, cost_bytes=vector)
     steps = talking(plan)
-    assert 2 * len(steps) * 100 + merge_bytes(25, 4, 0, 6) <= settings.total_bytes
-    assert 10 <= len(steps) <= 11
+    assert 2 * len(steps) * vector + merge_bytes(numel, 4, 0, 6) <= settings.total_bytes
+    assert len(steps) == 11  # of two vectors each, and two for the merge
+    assert [turn.step for turn in plan if turn.merge] == [99]
     thirds = [sum(low <= step < low + 34 for step in steps) for low in (0, 33, 66)]
     if spend == "late":
-        assert steps[-5:] == [89, 91, 93, 95, 97]  # the merge replaces the last
+        assert steps[-6:] == [87, 89, 91, 93, 95, 97]  # the last round ends with the merge
         assert thirds[2] > 2 * thirds[0]
     elif spend == "early":
         assert steps[:6] == [1, 3, 5, 7, 9, 11]

@@ -66,13 +66,15 @@ class Budget:
 
     def __init__(self, settings: BudgetSettings, graph: Graph, steps: int, cost_bytes: int) -> None:
         self._settings = settings
-        self._rounds = steps // settings.every
         self.merge_step = steps if settings.merge_at == "end" else settings.merge_at
         if self.merge_step is not None and self.merge_step > steps:
             raise ValueError(
                 f"method.schedule.merge_at: {self.merge_step} lies past the end of the run, which has {steps} steps; "
                 f"allowed is 1 to {steps}, or end"
             )
+        # A merge at the end does what the last round's exchange would do.
+        replaced = self.merge_step == steps and steps % settings.every == 0
+        self._rounds = steps // settings.every - replaced
         vectors = most_vectors(graph)
         if settings.seconds is not None:
             assert settings.link_bps is not None
