@@ -221,7 +221,7 @@ METHODS = [
         close=False,
     ),
     Row("gossip-dpsgd", enter_gossip(graph="complete"), lossless=True),
-    Row("gossip-ring", enter_gossip(graph="ring"), lossless=False),
+    Row("gossip-ring", enter_gossip(graph="ring", probe_every=2), lossless=False),
     Row("gossip-bf16", enter_gossip(graph="complete", algorithm={"kind": "dpsgd", "wire": "bf16"}), lossless=False),
     Row(
         "gossip-merge",

@@ -10,9 +10,10 @@ from torch import Tensor
 from thinwire.comm.errors import OwnWeightsError
 from thinwire.comm.gossip.algorithm import Algorithm, HasCompanion
 from thinwire.comm.gossip.barrier import barrier
-from thinwire.comm.gossip.merge import Merged, average_all
+from thinwire.comm.gossip.merge import Merged, average_all, average_bytes
 from thinwire.comm.gossip.message import Kind, Message
 from thinwire.comm.gossip.port import Port, Script, Wait
+from thinwire.comm.gossip.probes import Probes
 from thinwire.comm.gossip.replica import Replica
 from thinwire.comm.gossip.turn import Schedule
 
@@ -32,6 +33,7 @@ class Agent:
         steps: optimizer steps of the whole run; None: it has no end.
         in_rounds: whether all machines go through the same rounds.
         deadline_s: how long a merge or a cut waits for the last machine.
+        probes: measure the consensus distance every probe_every steps; None: nobody does.
     Attributes: step, optimizer steps taken. ended, whether the run is over for all; then before_step() and
         after_step() do nothing more. stopped, whether that is because one was asked to stop. cut_every: steps between
         two cuts, 0 = none; cut_due, whether it is time for one. before_merge, called before a scheduled merge;
@@ -49,6 +51,8 @@ class Agent:
         steps: int | None = None,
         in_rounds: bool = True,
         deadline_s: float = 600.0,
+        probes: Probes | None = None,
+        probe_every: int = 1,
     ) -> None:
         self.replica = replica
         self.port = port
@@ -65,6 +69,8 @@ class Agent:
         self.predicted_bytes: dict[int, int] = {}
         self._steps = steps
         self._deadline_s = deadline_s
+        self._probes = probes
+        self._probe_every = probe_every
         self._last_meeting = 0  # steps after which the last one was due
         self._number = 0  # of the last cut or average: they rise, and are the same on all machines
         self._stop_at: int | None = None
@@ -97,7 +103,7 @@ class Agent:
             self.step += 1
             return
         turn = self.schedule.turn(self.step)
-        self.predicted_bytes = self.algorithm.sent_bytes(turn)
+        self.predicted_bytes = dict(self.algorithm.sent_bytes(turn))
         if not self.in_rounds:
             self._refuse_non_finite()  # in rounds the mixer does, which also tells the neighbours
         try:
@@ -111,6 +117,7 @@ class Agent:
             yield from self._stop_together()
         else:
             yield from self._meet_when_called()
+        self._probe()
 
     def cut(self) -> Script[None]:
         """Come to a state of all machines that belongs together: nothing is on the wire. All call it."""
@@ -153,6 +160,7 @@ class Agent:
         own = self.algorithm.metrics()
         return {
             **own,
+            **(self._probes.metrics() if self._probes else {}),
             "merges": float(self._merges),
             "left_out": float(self._left_out),
             "lost": float(len(self.port.lost())),
@@ -191,10 +199,21 @@ class Agent:
         self.ended = at == self._steps
         self.cut_due = bool(self.cut_every) and at % self.cut_every == 0 and not self.ended
 
+    def _probe(self) -> None:
+        if self._probes is None or self.port.size == 1:
+            return
+        if self.step % self._probe_every == 0:
+            weights = self.replica.weights()
+            if bool(weights.isfinite().all()):
+                self._count(self._probes.sent_bytes())
+                self._probes.publish(self.step, weights)
+        self._probes.collect()
+
     def _merge(self, number: int, stream: int) -> Script[None]:
         self.before_merge()
         merged = yield from self._average(number, stream)
         self._merges += 1
+        self._count(average_bytes(self.replica.numel, self.replica.dtype.itemsize, self.port.rank, merged.members))
         if self.port.rank in merged.members:
             self.replica.set_weights(merged.value)
             self.algorithm.merged()
@@ -220,6 +239,10 @@ class Agent:
             raise OwnWeightsError(self.port.rank)
         self._absent += len(merged.nonfinite)
         return merged
+
+    def _count(self, sent: Mapping[int, int]) -> None:
+        for rank, count in sent.items():
+            self.predicted_bytes[rank] = self.predicted_bytes.get(rank, 0) + count
 
     def _next_number(self) -> int:
         due = self.step if self.in_rounds else self._last_meeting

@@ -14,6 +14,7 @@ from thinwire.comm.gossip.graphs.choose import choose_graph
 from thinwire.comm.gossip.graphs.links import Links
 from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.gossip.port import Port
+from thinwire.comm.gossip.probes import Probes
 from thinwire.comm.gossip.replica import Replica, VectorReplica
 from thinwire.comm.gossip.schedule import EverySettings, build_schedule
 from thinwire.comm.gossip.settings import GossipSettings
@@ -80,6 +81,8 @@ def build_agent(plan: Plan, replica: Replica, port: Port) -> Agent:
         steps=plan.steps,
         in_rounds=settings.algorithm.in_rounds,
         deadline_s=settings.meet_deadline_s,
+        probes=Probes(port, count=settings.probes, seed=settings.seed) if settings.probes else None,
+        probe_every=settings.probe_every,
     )
 
 

@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 from thinwire.comm.gossip.algorithms import AnyAlgorithm
 from thinwire.comm.gossip.build import Plan, build_agent, make_plan
 from thinwire.comm.gossip.graphs import EachGraph
+from thinwire.comm.gossip.graphs.probe import probe_links
 from thinwire.comm.gossip.handle import Gossip
 from thinwire.comm.gossip.machine import Machine, examine
 from thinwire.comm.gossip.optimizer_state import OptimizerState
@@ -35,7 +36,7 @@ def gossip(
     optimizer_state: str = "keep",
     deadline_s: float = 10.0,
     meet_deadline_s: float = 600.0,
-    probes: int = 32,
+    probes: int = 8,
     probe_every: int = 10,
     seed: int = 0,
     queue: CommQueue | None = None,
@@ -123,7 +124,10 @@ def enter(
     machine = examine(optimizer, model, statistics=settings.statistics == "mix")
     _check(settings, optimizer, machine, queue or group)
     queue = queue or open_queue(group, timeout_s=timeout_s)
-    plan = make_plan(settings, queue.size, steps=steps, numel=machine.replica.numel)
+    # Of a sharded machine all ranks must choose alike, and would not all measure the same.
+    probed = settings.graph == "auto" and machine.group is None
+    links = probe_links(queue, machine.replica.device) if probed else None
+    plan = make_plan(settings, queue.size, steps=steps, numel=machine.replica.numel, links=links)
     if settings.algorithm.equal_start:
         place = f"shard {machine.shard[0]} of {machine.shard[1]}"
         check_same_weights(machine.tensors(), queue, method="gossip", place=place)

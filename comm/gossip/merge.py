@@ -9,7 +9,7 @@ that another of them does not take.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,15 @@ def average_all(
         if done.yes == done.present and mean is not None:
             return Merged(mean, shots.mass, came.yes, nonfinite)
     raise AssertionError("every attempt loses a machine, and there are fewer machines than attempts")
+
+
+def average_bytes(numel: int, itemsize: int, rank: int, members: Collection[int]) -> dict[int, int]:
+    """Payload bytes that a machine sends in one average among these, by machine."""
+    if rank not in members:
+        return {}
+    ordered = sorted(members)
+    splits = dict(zip(ordered, split_evenly(numel, len(ordered)), strict=True))
+    return {other: (splits[other] + splits[rank]) * itemsize for other in ordered if other != rank}
 
 
 def merge_bytes(numel: int, itemsize: int, rank: int, members: int) -> int:

@@ -39,6 +39,6 @@ class GossipSettings(Settings):
     optimizer_state: OptimizerStatePolicy = "keep"
     deadline_s: float = Field(10.0, gt=0)
     meet_deadline_s: float = Field(600.0, gt=0)
-    probes: int = Field(32, ge=0, le=1024)
+    probes: int = Field(8, ge=0, le=1024)
     probe_every: int = Field(10, gt=0)
     seed: int = Field(0, ge=0, lt=1 << 63)
