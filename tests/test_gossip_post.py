@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -142,7 +143,9 @@ def test_a_killed_machine_is_lost_and_a_new_one_in_its_place_is_taken_in() -> No
         assert first.peek(2, Kind.VALUE) is not None
         again = place.enter(2)
         for post in (first, second):
-            wait_until(post, lambda post=post: not post.lost())
+            again.send(post.rank, Message(Kind.JOIN_ASK, 0))
+            wait_until(post, lambda post=post: post.waiting(Kind.JOIN_ASK) == [2])
+            assert post.lost() == {2}  # it has not entered yet
             assert post.generation(2) == 1
             assert post.newest(2, Kind.VALUE) == -1
             assert post.peek(2, Kind.VALUE) is None
@@ -152,6 +155,8 @@ def test_a_killed_machine_is_lost_and_a_new_one_in_its_place_is_taken_in() -> No
             assert again.peek(post.rank, Kind.VALUE) is None
         again.send(0, Message(Kind.VALUE, 3))
         wait_until(first, lambda: first.newest(2, Kind.VALUE) == 3)
+        assert first.lost() == frozenset()
+        assert second.lost() == {2}
         assert first.generation(1) == again.generation(0) == 0
 
 
@@ -165,7 +170,7 @@ def test_a_new_machine_is_known_as_such_even_if_nobody_had_missed_the_old_one() 
         first.send(1, Message(Kind.VALUE, 1))
         wait_until(again, lambda: again.newest(0, Kind.VALUE) == 1)
         assert again.take(0, Kind.VALUE).round == 1
-        assert first.lost() == again.lost() == frozenset()
+        assert again.lost() == frozenset()
 
 
 def test_after_a_cut_that_was_too_long_both_begin_anew_also_the_one_that_had_not_noticed() -> None:
@@ -258,13 +263,10 @@ def test_strangers_do_not_get_in(changes: dict[str, int], secret: bytes, reason:
         with pytest.raises((ConnectionError, ValueError), match=reason):
             impostor(place, 0, 1, secret, **changes).close()
         for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n" * 9, bytes(4096)):
-            with socket.create_connection(place.addresses[1], 10.0) as sock:
-                sock.sendall(garbage)
+            with socket.create_connection(place.addresses[1], 10.0) as sock, contextlib.suppress(OSError):
+                sock.sendall(garbage)  # it may hang up before all is sent
                 sock.shutdown(socket.SHUT_WR)
-                try:
-                    assert sock.recv(1) == b""
-                except ConnectionResetError:
-                    pass
+                assert sock.recv(1) == b""
         impostor(place, 0, 1).close()  # it still listens
         assert second.lost() == frozenset()
 
@@ -348,8 +350,9 @@ def test_machines_meet_by_address_and_one_may_come_late() -> None:
             meet(settings(0, 3), listener=socket.create_server(("127.0.0.1", 0)))
         second = meet(settings(1, 2))
         place.posts.append(second)
-        wait_until(alone, lambda: alone.lost() == {2})
-        assert second.lost() == {2}
+        second.send(0, Message(Kind.VALUE, 0))
+        wait_until(alone, lambda: alone.newest(1, Kind.VALUE) == 0)
+        assert alone.lost() == second.lost() == {2}
         with pytest.raises(ValueError, match=f"machines.listen: {machines[0]}"):
             meet(settings(0, 1))
 

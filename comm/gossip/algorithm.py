@@ -110,3 +110,12 @@ class HasCompanion(Protocol):
     def averaged(self) -> Tensor:
         """What enters a global average in place of the weights, so that it is the mean that is preserved; a copy."""
         ...
+
+
+@runtime_checkable
+class SharesMass(Protocol):
+    """An Algorithm whose machines can give half of their mass to one that enters."""
+
+    def hold(self, mass: float) -> None:
+        """Have this mass from now on. After drain(): nothing may be under way."""
+        ...

@@ -59,7 +59,7 @@ class Port(Protocol):
         ...
 
     def lost(self) -> frozenset[int]:
-        """Machines that are gone. One that comes back as a new machine in the same place is no longer lost."""
+        """Machines that are gone. One that comes back in the same place is no longer lost once it takes part."""
         ...
 
     def generation(self, rank: int) -> int:

@@ -62,6 +62,10 @@ class InRounds:
     def mass(self) -> float:
         return self._mixer.mass
 
+    def hold(self, mass: float) -> None:
+        """As SharesMass says."""
+        self._mixer.mass = mass
+
     def before_step(self, turn: Turn) -> Script[None]:
         """Nothing."""
         return

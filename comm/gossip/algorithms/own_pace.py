@@ -40,6 +40,10 @@ class OwnPace:
     def mass(self) -> float:
         return self._swaps.mass
 
+    def hold(self, mass: float) -> None:
+        """As SharesMass says."""
+        self._swaps.mass = mass
+
     def before_step(self, turn: Turn) -> Script[None]:
         """Nothing."""
         return

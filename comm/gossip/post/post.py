@@ -85,6 +85,7 @@ class Post:
         self._arrived = threading.Condition(threading.RLock())  # never held while a link's lock is taken
         self._inbox = Inbox()
         self._lost: frozenset[int] = frozenset()
+        self._returned: set[int] = set()  # of the lost: those that are there again, but have not taken part yet
         self._generations = [0] * self.size
         self._seen = [0] * self.size  # generations that the script may know of
         self._looked = True
@@ -137,7 +138,11 @@ class Post:
             return self._inbox.waiting(kind, stream)
 
     def lost(self) -> frozenset[int]:
-        """As Port says. A machine that has closed its post is lost at once."""
+        """As Port says. A machine that has closed its post is lost at once.
+
+        One that comes back stays lost until it has sent something else than a JOIN_ASK, so that nobody waits for a
+        machine that has not entered yet; but what is sent to it arrives.
+        """
         with self._arrived:
             self._look()
             return self._lost
@@ -257,12 +262,16 @@ class Post:
     def _deliver(self, source: int, message: Message) -> None:
         self.meter.record(_operation(message.kind), {}, {self._peers[source]: len(message.payload)}, 0.0)
         with self._arrived:
+            if source in self._returned and message.kind != Kind.JOIN_ASK:
+                self._returned.discard(source)
+                self._lost -= {source}
             self._inbox.put(source, message)
             self._arrived.notify_all()
 
     def _on_lost(self, rank: int) -> None:
         with self._arrived:
             self._lost |= {rank}
+            self._returned.discard(rank)
             self._arrived.notify_all()
 
     def _on_anew(self, rank: int) -> None:
@@ -270,7 +279,8 @@ class Post:
             self._inbox.forget(rank)
             self._generations[rank] += 1
             self._looked = False
-            self._lost -= {rank}
+            self._lost |= {rank}
+            self._returned.add(rank)
             self._arrived.notify_all()
 
     def _look(self) -> None:
