@@ -10,7 +10,6 @@ from torch import Tensor
 
 from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.mixing import Graph
-from thinwire.comm.gossip.port import Script
 from thinwire.comm.gossip.replica import VectorReplica
 from thinwire.comm.gossip.simulation import Links, Simulation
 from thinwire.comm.gossip.turn import Turn
@@ -86,7 +85,7 @@ class Quadratics:
     def each(self, script: Any) -> None:
         """Run a script of every algorithm whose machine is alive."""
         n = self.graph.size
-        self.simulation.run([script(self.algorithms[rank]) if rank in self.alive else _nothing() for rank in range(n)])
+        self.simulation.run([script(self.algorithms[rank]) if rank in self.alive else None for rank in range(n)])
 
     def drain(self) -> None:
         """Wait until nothing is on the wire."""
@@ -116,8 +115,3 @@ class Quadratics:
             self.replicas[rank].x = x.clone()
             self.momenta[rank] = momentum.clone()
             self.algorithms[rank].load_state_dict(algorithm)
-
-
-def _nothing() -> Script[None]:
-    return
-    yield

@@ -31,6 +31,9 @@ SKIPPED = 1
 NON_FINITE = 2
 """Flag beside SKIPPED: the sender's vector has a NaN or an infinity, so nothing of it was sent, nor encoded."""
 
+LACKS = 4
+"""Flag beside SKIPPED: the sender lacks what the receiver's payloads are differences to."""
+
 
 def no_payload() -> Tensor:
     return torch.empty(0, dtype=torch.uint8)
@@ -44,7 +47,7 @@ class Message:
         round: a number that both ends agree on, 0..2^64-1.
         mass: push-sum weight that belongs to the payload; its meaning is the kind's.
         stream: tells several vectors of one kind apart, 0..65535.
-        flags: 0, SKIPPED or SKIPPED | NON_FINITE, or bits of the kind's own.
+        flags: 0, SKIPPED alone or with NON_FINITE or LACKS, or bits of the kind's own.
         payload: uint8, one-dimensional, on the CPU; never changed after it was handed over.
     """
 
