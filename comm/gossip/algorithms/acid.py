@@ -130,6 +130,8 @@ class A2CiD2(OwnPace):
     def before_step(self, turn: Turn) -> Script[None]:
         """As Algorithm says."""
         self._before = self._replica.weights()
+        if self._turns == 0 and self._swaps.made == 0:
+            self._companion = self._before.clone()  # the weights may have been set since this was made
         return
         yield
 
