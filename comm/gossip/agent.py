@@ -10,6 +10,7 @@ from torch import Tensor
 from thinwire.comm.errors import OwnWeightsError
 from thinwire.comm.gossip.algorithm import Algorithm, HasCompanion
 from thinwire.comm.gossip.barrier import barrier
+from thinwire.comm.gossip.join import Entry, answer_joins, enter
 from thinwire.comm.gossip.merge import Merged, average_all, average_bytes
 from thinwire.comm.gossip.message import Kind, Message
 from thinwire.comm.gossip.port import Port, Script, Wait
@@ -34,11 +35,12 @@ class Agent:
         in_rounds: whether all machines go through the same rounds.
         deadline_s: how long a merge or a cut waits for the last machine.
         probes: measure the consensus distance every probe_every steps; None: nobody does.
+        joinable: whether machines may enter while the run is under way.
     Attributes: step, optimizer steps taken. ended, whether the run is over for all; then before_step() and
         after_step() do nothing more. stopped, whether that is because one was asked to stop. cut_every: steps between
         two cuts, 0 = none; cut_due, whether it is time for one. before_merge, called before a scheduled merge;
-        after_merge, a script after it, which gets its number. predicted_bytes, payload bytes that this machine sent in
-        the last step, by machine.
+        after_merge, a script after it, which gets its number. is_merged, whether this machine took part in a merge
+        after its last step. predicted_bytes, payload bytes that it sent in the last step, by machine.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Agent:
         deadline_s: float = 600.0,
         probes: Probes | None = None,
         probe_every: int = 1,
+        joinable: bool = True,
     ) -> None:
         self.replica = replica
         self.port = port
@@ -66,11 +69,13 @@ class Agent:
         self.cut_due = False
         self.before_merge: Callable[[], None] = lambda: None
         self.after_merge: Callable[[Agent, int], Script[None]] = _nothing
+        self.is_merged = False
         self.predicted_bytes: dict[int, int] = {}
         self._steps = steps
         self._deadline_s = deadline_s
         self._probes = probes
         self._probe_every = probe_every
+        self._joinable = joinable
         self._last_meeting = 0  # steps after which the last one was due
         self._number = 0  # of the last cut or average: they rise, and are the same on all machines
         self._stop_at: int | None = None
@@ -97,7 +102,7 @@ class Agent:
         Raises:
             OwnWeightsError: this machine's weights are not finite. Nobody has been sent them.
         """
-        self.cut_due = False
+        self.cut_due = self.is_merged = False
         self.predicted_bytes = {}
         if self.ended:
             self.step += 1
@@ -118,6 +123,34 @@ class Agent:
         else:
             yield from self._meet_when_called()
         self._probe()
+        yield from answer_joins(
+            self.port,
+            self.replica,
+            self.algorithm,
+            step=self.step,
+            meeting=self._last_meeting,
+            joinable=self._joinable,
+        )
+
+    def enter(self) -> Script[Entry]:
+        """Instead of beginning at step 0: take weights and half the mass of a machine of a run under way.
+
+        Where machines go in rounds, this one goes on at the round after the newest that it has heard of, so that nobody
+        waits for it to catch up; but at a merge that comes before, at which the others wait for it.
+
+        Raises:
+            PeerLostError, ValueError: as join.enter() says.
+        """
+        entry = yield from enter(self.port, self.replica, self.algorithm, deadline_s=self._deadline_s)
+        step = entry.step
+        if self.in_rounds:
+            newest = [self.port.newest(rank, kind) for rank in self._others() for kind in (Kind.VALUE, Kind.PUSH)]
+            while step != self._steps and self.schedule.turn(step).round <= max(newest, default=-1):
+                if self.schedule.turn(step).merge:
+                    break
+                step += 1
+        self.go_on(step, step if self.in_rounds else entry.meeting, self.replica.weights())
+        return entry
 
     def cut(self) -> Script[None]:
         """Come to a state of all machines that belongs together: nothing is on the wire. All call it."""
@@ -154,6 +187,10 @@ class Agent:
     def stop(self) -> None:
         """Ask all machines to end, without a final merge: after this machine's next step, or soon after it."""
         self.stopped = True
+
+    def stopped_by(self) -> tuple[int, ...]:
+        """Machines that have told the others to stop; this one only if nobody else has."""
+        return tuple(rank for rank in self._others() if self._has_told(rank, Kind.END)) or (self.port.rank,)
 
     def metrics(self) -> dict[str, float]:
         """Those of the algorithm; `merges`, and `left_out` of so many; `lost` machines; `absent`, those not finite."""
@@ -217,6 +254,7 @@ class Agent:
         if self.port.rank in merged.members:
             self.replica.set_weights(merged.value)
             self.algorithm.merged()
+            self.is_merged = True
             yield from self.after_merge(self, number)
         else:
             self._left_out += 1

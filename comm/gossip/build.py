@@ -83,6 +83,7 @@ def build_agent(plan: Plan, replica: Replica, port: Port) -> Agent:
         deadline_s=settings.meet_deadline_s,
         probes=Probes(port, count=settings.probes, seed=settings.seed) if settings.probes else None,
         probe_every=settings.probe_every,
+        joinable=settings.algorithm.joinable,
     )
 
 
