@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gossip_digraphs import digraph
 from gossip_quadratics import Quadratics
 from gossip_worlds import Always, mixing_of, ring
 from torch import Tensor
@@ -19,22 +20,11 @@ from thinwire.comm.gossip.algorithms.noloco import NoLoCoSettings, pair_moments
 from thinwire.comm.gossip.algorithms.slowmo import SlowMoSettings
 from thinwire.comm.gossip.algorithms.variance_corrected import VarianceCorrectedSettings
 from thinwire.comm.gossip.graphs.random_graphs import MatchingSettings
-from thinwire.comm.gossip.mixing import Mixing
 
 RING = Always(ring(6))
 W = torch.from_numpy(ring(6).matrix())
 EYE = torch.eye(6, dtype=torch.float64)
 COMPLETE = Always(mixing_of(4, [(i, j) for i in range(4) for j in range(i)], 1 / 4))
-
-
-def digraph(size: int) -> Always:
-    """Strongly connected, columns of sum 1 with unlike numbers of targets, rows of other sums."""
-    targets = [{(i + 1) % size, (i * i + 2) % size, i} for i in range(size)]
-    rows: list[dict[int, float]] = [{} for _ in range(size)]
-    for source, reached in enumerate(targets):
-        for to in sorted(reached):
-            rows[to][source] = 1 / len(reached)
-    return Always(Mixing(rows, symmetric=False))
 
 
 def off(a: Tensor, b: Tensor) -> float:
@@ -63,7 +53,7 @@ def test_gradient_tracking_is_its_formula() -> None:
 
 
 def test_gradient_tracking_over_pushed_mass_counts_all_machines_alike() -> None:
-    world = Quadratics(GradientTrackingSettings(), digraph(5), lr=0.1)
+    world = Quadratics(GradientTrackingSettings(), Always(digraph(5, 1)), lr=0.1)
     for _ in range(400):
         world.run(1)
         tracked = torch.stack([algorithm._tracked for algorithm in world.algorithms])
@@ -100,7 +90,7 @@ def test_d2_refuses_where_it_would_diverge() -> None:
         with pytest.raises(ValueError, match=rf"method\.algorithm\.lazy: false .*{smallest}.*lazy: true"):
             Quadratics(D2Settings(), graph)
     with pytest.raises(ValueError, match=r"method\.graph: always the same is directed.*gradient_tracking"):
-        Quadratics(D2Settings(), digraph(5))
+        Quadratics(D2Settings(), Always(digraph(5, 1)))
 
     class Unchecked(D2Settings):
         def build(self, parts):
@@ -206,8 +196,7 @@ def test_slowmo_is_its_formula_and_without_momentum_the_average() -> None:
 
 
 def test_slowmo_weighs_the_average_by_pushed_mass() -> None:
-    graph = digraph(5)
-    world = Quadratics(SlowMoSettings(every=4, momentum=0.0), graph)
+    world = Quadratics(SlowMoSettings(every=4, momentum=0.0), Always(digraph(5, 1)))
     world.run(3)
     before, mass = world.x, world.mass
     world.run(1)

@@ -35,13 +35,16 @@ _FP32_STEPS = 1 << 22  # multiples of 1 / this, and 1 less them, are numbers of 
 class Mixed:
     """What a round gives: the average of what was sent, and how the masses changed.
 
-    sent: this machine's own public vector; average: (sum of the flows + mass_before sent) / mass_after.
+    sent: this machine's own public vector; average: (sum of the flows + mass_before sent) / mass_after. arrears: the
+    sum of the flows that came late, each times the rounds that it did, over mass_after: for algorithms in which a flow
+    goes on acting in later rounds; None: there were none.
     """
 
     sent: Tensor
     average: Tensor
     mass_before: float
     mass_after: float
+    arrears: Tensor | None = None
 
     def onto(self, value: Tensor) -> Tensor:
         """`value` after the round: average + mass_before / mass_after * (value - sent).
@@ -283,7 +286,16 @@ class SymmetricMixer:
             ordered.append((flow.mine.public, -flow.weight * flow.mine.mass * scale))
         weights = summing_to_one([weight for _, weight in ordered], own_place, now.public.dtype)
         average = weighted_sum([vector for vector, _ in ordered], weights)
-        return Mixed(now.public, average, before, self.mass)
+        return Mixed(now.public, average, before, self.mass, self._arrears(now.round, late))
+
+    def _arrears(self, round: int, late: list[_Flow]) -> Tensor | None:
+        vectors, weights = [], []
+        for flow in late:
+            if rounds := round - flow.mine.round:
+                vectors += [flow.theirs, flow.mine.public]
+                share = rounds * flow.weight / self.mass
+                weights += [share * flow.mass, -share * flow.mine.mass]
+        return weighted_sum(vectors, weights) if vectors else None
 
 
 def summing_to_one(weights: Sequence[float], own: int, dtype: torch.dtype) -> list[float]:

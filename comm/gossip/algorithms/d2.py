@@ -57,15 +57,16 @@ class D2(InRounds):
 
         x^1 = W (x^0 - lr g^0);    x^{k+1} = W (2 x^k - x^{k-1} - lr (g^k - g^{k-1}))
 
-    With p = x^k - lr g^k, what the optimizer leaves, and e^k = x^k - p^{k-1}, what the last exchange has changed, e^0 =
-    0, that is
+    With p = x^k - lr g^k, what the optimizer leaves, and e^k = x^k - p^{k-1}, what the last exchange has changed, at
+    first 0, that is
 
         v = p + e;   x <- W v;   e <- e + (x - v)
 
     and is done so, with any optimizer's update in place of -lr g. e_i is the sum of all flows that machine i has
     received, and these are the negatives of what its neighbours have: sum_i e_i = 0, so mean(x) moves by the mean
-    update exactly. A flow that comes after its deadline is added to x and e alike, and is missing from these sums only
-    until it has come. Fixed point with SGD: x consensual, e_i = lr g_i, hence sum_i g_i = 0: the common minimum.
+    update exactly. A flow that comes after its deadline is added to e, and to x as often as e would have added it by
+    then, so it is missing from these sums only until it has come. Fixed point with SGD: x consensual, e_i = lr g_i,
+    hence sum_i g_i = 0: the common minimum.
 
     It needs the same symmetric W at every step, with eigenvalues above -1/3. A lost machine takes along its e, so the
     others go on as if its objective were the linear one of its last gradient; a merge sets all e to 0. A machine cannot
@@ -91,18 +92,18 @@ class D2(InRounds):
         """As Algorithm says."""
         value = self._replica.weights().double()
         value[: self._learned] += self._gained
-        after = value
         if turn.mixing is not None:
             mixed = yield from self._exchange(turn.round, lazy(turn.mixing) if self._lazy else turn.mixing, value)
-            after = mixed.onto(value)
-        self._adopt(value, after)
+            self._adopt(value, mixed.onto(value), mixed.arrears)
+        else:
+            self._replica.set_weights(value.to(self._replica.dtype))
 
     def drain(self) -> Script[None]:
         """As Algorithm says."""
         late = yield from self._mixer.settle()
         if late is not None:
             before = self._replica.weights().double()
-            self._adopt(before, late.onto(before))
+            self._adopt(before, late.onto(before), late.arrears)
 
     def metrics(self) -> dict[str, float]:
         """What the mixer says, and `correction_norm`, of e."""
@@ -121,9 +122,11 @@ class D2(InRounds):
         """e <- 0, on all machines at once."""
         self._gained.zero_()
 
-    def _adopt(self, before: Tensor, after: Tensor) -> None:
+    def _adopt(self, before: Tensor, after: Tensor, arrears: Tensor | None) -> None:
         """Take over what an exchange has made of `before`."""
         self._gained += (after - before)[: self._learned]
+        if arrears is not None:
+            after[: self._learned] += arrears[: self._learned]
         self._replica.set_weights(after.to(self._replica.dtype))
 
 
