@@ -69,8 +69,15 @@ def barrier(
     serving = Serving(asked, serve)
     agreed = yield from agree(port, number, True, deadline_s=deadline_s, serving=serving)
     talk = _Talk(port, number, BARRIER_STREAM)
+    silent = sorted(agreed.present - {port.rank})
+
+    def is_quiet() -> bool:
+        while silent and (talk.has_passed_on(silent[-1]) or silent[-1] in port.lost()):
+            silent.pop()  # so that among n machines this takes n looks in all, not n at each message
+        return not silent
+
     # Nothing overtakes the word that each of them passes on to this machine.
-    yield from serving.wait(port, lambda: talk.all_passed_on(agreed), port.now() + deadline_s)
+    yield from serving.wait(port, is_quiet, port.now() + deadline_s)
     return agreed.present
 
 
@@ -133,10 +140,9 @@ class _Talk:
         awaited = set(range(self._port.size)) - self._port.lost() - set(overdue) - {self._port.rank}
         return all(self._of(rank, self._come) is not None for rank in awaited)
 
-    def all_passed_on(self, agreed: Agreed) -> bool:
-        """Whether all who were present and are alive have said so to this machine."""
-        awaited = agreed.present - self._port.lost() - {self._port.rank}
-        return all(self._of(rank, self._said) is not None for rank in awaited)
+    def has_passed_on(self, rank: int) -> bool:
+        """Whether a machine has said to this one what all agreed on."""
+        return self._of(rank, self._said) is not None
 
     def count(self, vote: bool) -> Agreed:
         """What has come until now, with this machine's own vote."""
