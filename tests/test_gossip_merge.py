@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from gossip_posts import place_for, run_scripts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinwire.comm.gossip.barrier import Agreed, Serving, agree, barrier, decode, encode
+from thinwire.comm.gossip.barrier import MERGE_STREAM, Agreed, Serving, agree, barrier, decode, encode
 from thinwire.comm.gossip.merge import average_all, merge_bytes
 from thinwire.comm.gossip.simulation import Simulation, pause
 from thinwire.comm.wire import PayloadError
@@ -80,7 +81,7 @@ def test_bytes_are_two_slices_for_each_other_machine(numel):
 
 
 @given(st.integers(0, 10_000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_machines_that_live_take_one_mean_whoever_dies_and_whenever(seed):
     chance = np.random.default_rng(seed)
     size = int(chance.integers(2, 8))
@@ -157,6 +158,26 @@ def test_a_machine_that_waits_answers_those_who_ask():
     agreed = world.run([agree(ports[0], 0, False, deadline_s=DEADLINE_S, serving=serving), slow(ports[1])])
     assert answers == ["a swap"]
     assert agreed == [Agreed(frozenset({0, 1}), frozenset({1}))] * 2
+
+
+def test_over_tcp_a_machine_that_leaves_within_a_merge_is_left_out_and_the_bits_are_the_simulation_s():
+    vectors = values(4, 200, torch.float32)
+
+    def leave(post):
+        yield from agree(post, 5 * 2**16, True, deadline_s=30.0, serving=Serving(), stream=MERGE_STREAM)
+        post.close(linger_s=5.0)  # what it has agreed to take part in
+
+    with place_for(4, lost_after_s=600.0) as place:
+        posts = place.enter_all()
+        scripts = [
+            average_all(post, x, 1.0, number=5, deadline_s=30.0) for post, x in zip(posts[1:], vectors[1:], strict=True)
+        ]
+        _, *merged = run_scripts(posts, [leave(posts[0]), *scripts])
+    expected = Simulation(3)
+    expected = expected.run(merges(expected, vectors[1:], [1.0] * 3))
+    for one in merged:
+        assert one.members == {1, 2, 3}
+        assert torch.equal(one.value, expected[0].value)
 
 
 def test_damaged_agreements_are_refused_or_valid(mutations):
