@@ -59,11 +59,11 @@ def test_the_rates_of_two_sites_are_the_optimum_of_their_three_classes() -> None
     of = {edge: len({3, 4} & set(edge)) for edge in edges}
     scanned = [
         Resistance({edge: (other, near, 1.0)[of[edge]] for edge in edges}, 8).exchanges
-        for other in np.geomspace(0.01, 1, 30)
-        for near in np.geomspace(0.1, 1, 30)
+        for other in np.geomspace(0.01, 1, 20)
+        for near in np.geomspace(0.1, 1, 20)
     ]
     assert best <= min(scanned)
-    assert best == pytest.approx(min(scanned), rel=5e-3)
+    assert best == pytest.approx(min(scanned), rel=1e-2)
 
 
 def test_pairs_that_average_are_held_up_by_the_slowest_mode_alone() -> None:
@@ -89,7 +89,7 @@ def test_seconds_spare_the_slow_link() -> None:
     assert seconds.cost < 0.99 * busy_s(messages.rates)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 2**32), st.integers(3, 8), st.booleans())
 def test_no_other_rates_found_by_chance_are_better(seed: int, size: int, accelerated: bool) -> None:
     chance = np.random.default_rng(seed)
@@ -116,10 +116,10 @@ def test_rates_that_cannot_be_are_refused() -> None:
 def test_a_graph_uses_its_edges_at_their_rates() -> None:
     rates = {(0, 1): 2.0, (1, 2): 1.0, (2, 3): 0.0, (0, 3): 0.5}
     graph = used_at_rates("some", rates, 4, 7)
-    rounds = [graph.mixing(round) for round in range(6000)]
+    rounds = [graph.mixing(round) for round in range(2500)]
     for (i, j), rate in rates.items():
         share = np.mean([j in mixing.rows[i] for mixing in rounds])
-        assert share == pytest.approx(rate / 3, abs=0.03)  # machine 1 is the busiest, with 3
+        assert share == pytest.approx(rate / 3, abs=0.04)  # machine 1 is the busiest, with 3
     alone = [mixing for mixing in rounds if mixing.sources(0) == [1] and mixing.sources(1) == [0]]
     assert alone[0].rows[0] == {0: 0.5, 1: 0.5}
 

@@ -95,6 +95,8 @@ def _check_converges(graph: Graph, setting: str) -> None:
     product = np.eye(graph.size)
     for round in range(graph.period):
         product = graph.mixing(round).matrix() @ product
+    if graph.symmetric and np.linalg.norm(product - 1 / graph.size) < 1:
+        return  # even the sum over all directions shrinks
     slowest = sorted(abs(np.linalg.eigvals(product)))[-2:]
     if graph.size > 1 and slowest[0] > 1 - 1e-12:
         raise ValueError(

@@ -17,8 +17,8 @@ def reached(start: int, edges: Iterable[Edge], size: int, *, both_ways: bool) ->
         receivers[sender].append(receiver)
         if both_ways:
             receivers[receiver].append(sender)
-    found, fresh = {start}, [start]
+    found, fresh = {start}, {start}
     while fresh:
-        fresh = [there for here in fresh for there in receivers[here] if there not in found]
-        found.update(fresh)
+        fresh = {there for here in fresh for there in receivers[here]} - found
+        found |= fresh
     return found
