@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from thinwire.comm.errors import OwnWeightsError
-from thinwire.comm.gossip.algorithm import Algorithm, HasCompanion
+from thinwire.comm.gossip.algorithm import Algorithm, HasCompanion, KeepsStep
 from thinwire.comm.gossip.barrier import barrier
 from thinwire.comm.gossip.join import Entry, answer_joins, enter
 from thinwire.comm.gossip.merge import Merged, average_all, average_bytes
-from thinwire.comm.gossip.message import Kind, Message
+from thinwire.comm.gossip.message import MEETING_STREAM, Kind, Message
 from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.comm.gossip.probes import Probes
 from thinwire.comm.gossip.replica import Replica
@@ -20,7 +20,6 @@ from thinwire.comm.gossip.turn import Schedule
 
 # Streams of average_all(): merges of the schedule, averages that are asked for, and what is averaged besides weights.
 _SCHEDULED, _ASKED, _BESIDES = 0, 1, 3  # 2 is SlowMo's
-_CALL = 63  # stream of BARRIER: "we meet now", where machines keep no common step
 
 
 class Agent:
@@ -116,7 +115,7 @@ class Agent:
         except OwnWeightsError:
             self.step += 1  # the others have gone through this round
             raise
-        self.step += 1
+        self.step = self.algorithm.next_step if isinstance(self.algorithm, KeepsStep) else self.step + 1
         if self.in_rounds:
             yield from self._meet(self.step)
             yield from self._stop_together()
@@ -294,10 +293,12 @@ class Agent:
                 self._tell_all(Message(Kind.END, self.step))
             self.stopped = self.ended = True
             return
-        called = max((self.port.newest(rank, Kind.BARRIER, _CALL) for rank in self._others()), default=0)
+        called = max((self.port.newest(rank, Kind.BARRIER, MEETING_STREAM) for rank in self._others()), default=0)
+        if isinstance(self.algorithm, KeepsStep) and self._steps is not None and self.step < self._steps:
+            called = min(called, self._steps - 1)
         while not self.ended and (at := self._meeting_by(max(called, self.step))) is not None:
             if called < at:
-                self._tell_all(Message(Kind.BARRIER, at, stream=_CALL))
+                self._tell_all(Message(Kind.BARRIER, at, stream=MEETING_STREAM))
             yield from self._meet(at)
 
     def _meeting_by(self, step: int) -> int | None:

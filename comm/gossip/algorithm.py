@@ -20,6 +20,7 @@ class Parts:
     """What an algorithm is made of: every settings class (AlgorithmSettings) has `build(parts) -> Algorithm`.
 
     deadline_s: how long a neighbour may delay this machine. seed: of all that is drawn at random, the same everywhere.
+    steps: optimizer steps of the run; None: nobody has said.
     """
 
     replica: Replica
@@ -27,6 +28,7 @@ class Parts:
     graph: Graph
     deadline_s: float
     seed: int
+    steps: int | None = None
 
 
 class AlgorithmSettings(Settings):
@@ -55,6 +57,17 @@ class AlgorithmSettings(Settings):
             ValueError: the graph is not one that the algorithm is defined for.
         """
         raise NotImplementedError
+
+
+@runtime_checkable
+class KeepsStep(Protocol):
+    """An Algorithm in which a machine takes only some of the run's steps.
+
+    Attributes: next_step, of the run: the one that this machine is to take next. Once it is past the last, the machine
+    has what the run has come to; until then that others are at the end does not end it.
+    """
+
+    next_step: int
 
 
 class Algorithm(Protocol):

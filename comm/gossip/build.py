@@ -72,7 +72,7 @@ def build_agent(plan: Plan, replica: Replica, port: Port) -> Agent:
         ValueError: the algorithm is not defined for this graph.
     """
     settings = plan.settings
-    parts = Parts(replica, port, plan.graph, settings.deadline_s, settings.seed)
+    parts = Parts(replica, port, plan.graph, settings.deadline_s, settings.seed, plan.steps)
     return Agent(
         replica,
         port,

@@ -34,6 +34,9 @@ NON_FINITE = 2
 LACKS = 4
 """Flag beside SKIPPED: the sender lacks what the receiver's payloads are differences to."""
 
+MEETING_STREAM = 63
+"""Stream of BARRIER: "we meet now", where machines keep no common step."""
+
 
 def no_payload() -> Tensor:
     return torch.empty(0, dtype=torch.uint8)
