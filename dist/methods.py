@@ -15,12 +15,14 @@ from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.local_sgd.door import LocalSGDSettings
 from thinwire.comm.local_sgd.door import enter as enter_local_sgd
 from thinwire.comm.method import Method
+from thinwire.dist.gossip_run import GossipRunSettings
 from thinwire.dist.mesh import Mesh
 from thinwire.dist.onebyte_run import OneByteRunSettings
 from thinwire.dist.world import World
 
 MethodSettings: TypeAlias = Annotated[
-    AllReduceSettings | CompressSettings | LocalSGDSettings | OneByteRunSettings, Field(discriminator="kind")
+    AllReduceSettings | CompressSettings | LocalSGDSettings | GossipRunSettings | OneByteRunSettings,
+    Field(discriminator="kind"),
 ]
 
 # Settings that mean nothing to a run by OneByteSPSA, and why.
@@ -32,9 +34,14 @@ _UNUSED_BY_ONEBYTE = {
     "checkpoint.keep": "keeps a log of every round, which is the checkpoint",
 }
 
+# Settings that mean nothing to a gossip run, and why.
+_UNUSED_BY_GOSSIP = {"engine": "has no collective in its backward pass that an engine could help with"}
+
 
 def unused_by(settings: MethodSettings) -> Mapping[str, str]:
     """The settings, by path, that a run by this method has no use for, each with the reason."""
+    if isinstance(settings, GossipRunSettings):
+        return _UNUSED_BY_GOSSIP
     return _UNUSED_BY_ONEBYTE if isinstance(settings, OneByteRunSettings) else {}
 
 
@@ -65,6 +72,8 @@ def attach(
             )
         case LocalSGDSettings():
             return enter_local_sgd(model, optimizer, settings, queue=world.queue)
+        case GossipRunSettings():
+            raise ValueError("method: gossip has no step in common to all ranks; gossip_train.py trains by it")
         case OneByteRunSettings():
             raise ValueError(
                 "method: onebyte is an optimizer that needs no backward pass; zeroth_order.py trains by it"

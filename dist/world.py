@@ -91,16 +91,18 @@ class World:
             + self.mesh.describe()
         )
 
-    def close(self) -> None:
+    def close(self, *, together: bool = True) -> None:
         """Leave the job together with all other ranks. Collective.
 
+        Args:
+            together: False: without waiting for the others, some of which are known to be gone.
         Raises:
             PeerLostError, PeerLateError, PeerFailedError: another rank did not come to the end.
         """
         try:
-            if self.size > 1 and self.monitor.verdict is None:
-                together = torch.zeros(1, device=self.device)
-                self.queue.submit("world/close", lambda channel: channel.all_gather_same(together)).wait()
+            if together and self.size > 1 and self.monitor.verdict is None:
+                here = torch.zeros(1, device=self.device)
+                self.queue.submit("world/close", lambda channel: channel.all_gather_same(here)).wait()
         finally:
             self._tear_down()
 

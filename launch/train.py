@@ -54,8 +54,8 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     except CommError as error:
         return _complain(error, FAILURE)
     try:
-        outcome = _train(config, world)
-        world.close()
+        outcome, together = _train(config, world)
+        world.close(together=together)
     except BaseException as error:
         _leave(world, error)
     if world.rank == 0 and outcome.stopped_by:
@@ -64,7 +64,10 @@ def main(path: Path, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _train(config: RunConfig, world: World) -> Outcome:
+def _train(config: RunConfig, world: World) -> tuple[Outcome, bool]:
+    """Returns also whether all ranks are there to leave together."""
+    from thinwire.dist.gossip_run import GossipRunSettings
+    from thinwire.dist.gossip_train import GossipTrainer
     from thinwire.dist.onebyte_run import OneByteRunSettings
     from thinwire.dist.stop import StopRequest
     from thinwire.dist.train import Trainer
@@ -74,18 +77,29 @@ def _train(config: RunConfig, world: World) -> Outcome:
     stop.listen()
     if world.rank == 0:
         print(world.describe(), flush=True)
-    kind = ZerothOrderTrainer if isinstance(config.method, OneByteRunSettings) else Trainer
-    trainer = kind(config, world, stop)
+    trainer: Trainer | ZerothOrderTrainer | GossipTrainer
+    if isinstance(config.method, GossipRunSettings):
+        trainer = GossipTrainer(config, world, stop)
+    elif isinstance(config.method, OneByteRunSettings):
+        trainer = ZerothOrderTrainer(config, world, stop)
+    else:
+        trainer = Trainer(config, world, stop)
     if world.rank > 0:
-        return trainer.run()
+        return trainer.run(), _all_there(trainer)
     print(trainer.describe(), flush=True)
     _print_what_is_logged()
     sinks, seconds_before = _open_sinks(config, trainer.state.step)
     try:
-        return trainer.run(sinks, seconds_before)
+        return trainer.run(sinks, seconds_before), _all_there(trainer)
     finally:
         for sink in sinks:
             sink.close()
+
+
+def _all_there(trainer: object) -> bool:
+    from thinwire.dist.gossip_train import GossipTrainer
+
+    return not (isinstance(trainer, GossipTrainer) and trainer.lost)
 
 
 def _print_what_is_logged() -> None:

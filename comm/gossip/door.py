@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -17,8 +18,10 @@ from thinwire.comm.gossip.handle import Gossip
 from thinwire.comm.gossip.machine import Machine, examine
 from thinwire.comm.gossip.optimizer_state import OptimizerState
 from thinwire.comm.gossip.post.door import open_post
+from thinwire.comm.gossip.post.post import Post
 from thinwire.comm.gossip.schedule import EachSchedule
 from thinwire.comm.gossip.settings import GossipSettings
+from thinwire.comm.gossip.statistics import recalibrate
 from thinwire.comm.queue import CommQueue, open_queue
 from thinwire.comm.same_weights import check_same_weights
 
@@ -119,30 +122,61 @@ def enter(
     queue: CommQueue | None = None,
     group: ProcessGroup | None = None,
     timeout_s: float = 60.0,
+    post: Post | None = None,
 ) -> Gossip:
-    """gossip() with its settings in one piece: what a configuration file gives."""
+    """gossip() with its settings in one piece: what a configuration file gives.
+
+    Args:
+        post: between machines that have met already, in place of a queue or group.
+    """
+    if settings.statistics == "recalibrate" and (model is None or calibrate is None):
+        raise ValueError(
+            "method.statistics: recalibrate runs the model on training data after a merge; give model= and calibrate=, "
+            "or statistics: local or mix"
+        )
     machine = examine(optimizer, model, statistics=settings.statistics == "mix")
     _check(settings, optimizer, machine, queue or group)
-    queue = queue or open_queue(group, timeout_s=timeout_s)
-    # Of a sharded machine all ranks must choose alike, and would not all measure the same.
-    probed = settings.graph == "auto" and machine.group is None
-    links = probe_links(queue, machine.replica.device) if probed else None
-    plan = make_plan(settings, queue.size, steps=steps, numel=machine.replica.numel, links=links)
-    if settings.algorithm.equal_start:
-        place = f"shard {machine.shard[0]} of {machine.shard[1]}"
-        check_same_weights(machine.tensors(), queue, method="gossip", place=place)
-    post = open_post(queue)
-    peers, meter = queue.peers, queue.meter
+    numel = machine.replica.numel
+    if post is None:
+        queue = queue or open_queue(group, timeout_s=timeout_s)
+        # Of a sharded machine all ranks must choose alike, and would not all measure the same.
+        probed = settings.graph == "auto" and machine.group is None
+        links = probe_links(queue, machine.replica.device) if probed else None
+        plan = make_plan(settings, queue.size, steps=steps, numel=numel, links=links)
+        if settings.algorithm.equal_start:
+            place = f"shard {machine.shard[0]} of {machine.shard[1]}"
+            check_same_weights(machine.tensors(), queue, method="gossip", place=place)
+        post, peers = open_post(queue), queue.peers
+    else:
+        plan = make_plan(settings, post.size, steps=steps, numel=numel)
+        peers = tuple(range(post.size))
+    meter = post.meter
+    try:
+        agent = build_agent(plan, machine.replica, post)
+    except BaseException:
+        post.close(farewell=False)
+        raise
     return Gossip(
         optimizer,
-        build_agent(plan, machine.replica, post),
+        agent,
         post,
         machine,
         optimizer_state=OptimizerState(optimizer, settings.optimizer_state, list(machine.parameters.values())),
         algorithm=settings.algorithm.kind,
         level_of=lambda rank: meter.level_of(peers[rank]),
+        graph=plan.graph.name,
         text=describe(plan),
+        recalibrate=_recalibration(settings, model, calibrate),
     )
+
+
+def _recalibration(
+    settings: GossipSettings, model: nn.Module | None, calibrate: Callable[[], object] | None
+) -> Callable[[], object] | None:
+    """What is to be done to the model after each merge, if anything."""
+    if settings.statistics != "recalibrate" or model is None or calibrate is None:
+        return None
+    return partial(recalibrate, model, calibrate)
 
 
 def describe(plan: Plan) -> str:

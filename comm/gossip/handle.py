@@ -15,6 +15,7 @@ from thinwire.comm.gossip.machine import Machine
 from thinwire.comm.gossip.optimizer_state import OptimizerState
 from thinwire.comm.gossip.port import Script
 from thinwire.comm.gossip.post.post import Post, drive
+from thinwire.comm.meter import TrafficMeter
 
 T = TypeVar("T")
 
@@ -29,7 +30,9 @@ class Gossip:
         machine: the model of this machine, which may be several ranks.
         algorithm: its kind.
         level_of: name of the level that joins this machine to another.
+        graph: its name.
         text: what describe() says.
+        recalibrate: puts the statistics of batch normalisation right after a merge.
     """
 
     def __init__(
@@ -42,7 +45,9 @@ class Gossip:
         optimizer_state: OptimizerState,
         algorithm: str,
         level_of: Callable[[int], str],
+        graph: str,
         text: str,
+        recalibrate: Callable[[], object] | None = None,
     ) -> None:
         self._agent = agent
         self._post = post
@@ -50,7 +55,10 @@ class Gossip:
         self._algorithm = algorithm
         self._level_of = level_of
         self._text = text
-        agent.after_merge = optimizer_state.merged
+        self._graph = graph
+        self._optimizer_state = optimizer_state
+        self._recalibrate = recalibrate
+        agent.after_merge = self._after_merge
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._run(agent.before_step())),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -78,6 +86,50 @@ class Gossip:
     def before_merge(self, call: Callable[[], None]) -> None:
         self._agent.before_merge = call
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it is over because somebody called stop()."""
+        return self._agent.ended and self._agent.stopped
+
+    @property
+    def stopped_by(self) -> tuple[int, ...]:
+        """The machines that have said so, in rounds all of them."""
+        return self._agent.stopped_by() if self.stopped else ()
+
+    @property
+    def cut_every(self) -> int:
+        """Steps between two moments at which cut_due is True on all machines at once, to save; 0 = none."""
+        return self._agent.cut_every
+
+    @cut_every.setter
+    def cut_every(self, steps: int) -> None:
+        self._agent.cut_every = steps
+
+    @property
+    def cut_due(self) -> bool:
+        """Whether all machines have come to such a moment with the last step."""
+        return self._agent.cut_due
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether this machine has taken no step since it took the mean of all machines alive."""
+        return self._agent.is_merged
+
+    @property
+    def lost(self) -> frozenset[int]:
+        """Machines that are gone."""
+        return self._post.lost()
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds for which this machine has waited for others."""
+        return self._post.exposed_s
+
+    @property
+    def meter(self) -> TrafficMeter:
+        """Where its payload bytes are counted."""
+        return self._post.meter
+
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
         """Within this context the model holds the mean of all machines' weights; afterwards its own again. Collective.
@@ -85,7 +137,7 @@ class Gossip:
         A machine that is not there within the deadline is left out, and holds its own.
         """
         merged = self._run(self._agent.average())
-        with self._machine.replica.holding(merged.value):
+        with self._machine.replica.holding(merged.value), self._recalibrated():
             yield
 
     def merge(self) -> None:
@@ -149,12 +201,12 @@ class Gossip:
         if "all_ranks" in state:
             self._begin_at_the_mean(states)
             return
-        for what in ("size", "algorithm"):
+        for what in ("size", "algorithm", "graph"):
             if saved[what] != facts[what]:
                 raise ValueError(
-                    f"method: the state is that of one of {saved['size']} machines with {saved['algorithm']}, and this "
-                    f"run has {facts['size']} with {facts['algorithm']}; give those of all old machines, "
-                    'which are then merged: {"all_ranks": [...]}'
+                    f"method.{what}: {saved[what]} in the state, {facts[what]} now (graph: auto may choose another one "
+                    "each time: name the one of the state). Give the same, or the states of all old machines, which "
+                    'are then merged: {"all_ranks": [...]}'
                 )
         self._agent.load_state_dict(state)
 
@@ -192,12 +244,32 @@ class Gossip:
         with torch.no_grad():
             return drive(script, self._post)
 
+    def _after_merge(self, agent: Agent, number: int) -> Script[None]:
+        yield from self._optimizer_state.merged(agent, number)
+        if self._recalibrate is not None:
+            self._recalibrate()
+
+    @contextlib.contextmanager
+    def _recalibrated(self) -> Iterator[None]:
+        """Within this context the statistics fit the weights; afterwards they are as before."""
+        if self._recalibrate is None:
+            yield
+            return
+        kept = {name: buffer.clone() for name, buffer in self._machine.buffers.items()}
+        self._recalibrate()
+        try:
+            yield
+        finally:
+            for name, buffer in self._machine.buffers.items():
+                buffer.copy_(kept[name])
+
     def _facts(self) -> dict[str, Any]:
         return {
             "size": self._post.size,
             "shard": list(self._machine.shard),
             "tensors": self._machine.numels(),
             "algorithm": self._algorithm,
+            "graph": self._graph,
         }
 
     def _begin_at_the_mean(self, states: Sequence[Mapping[str, Any]]) -> None:

@@ -24,13 +24,14 @@ class Machine:
 
     Args:
         parameters: those that learn, by name, in an order that is the same on all machines.
-        statistics: floating-point buffers of the model's state.
+        statistics: floating-point buffers of the model's state, if they are exchanged. buffers: all that it has.
         shard: (rank in the mesh that the model is sharded over, its size).
         group: the ranks of that mesh; None where this rank is the machine.
     """
 
     parameters: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
     replica: ModelReplica
     shard: tuple[int, int] = (0, 1)
     group: ProcessGroup | None = None
@@ -83,7 +84,8 @@ def examine(optimizer: Optimizer, model: nn.Module | None, *, statistics: bool =
         buffers = {n: b for n, b in _unwrapped(model).named_buffers() if n in kept and b.is_floating_point()}
     shard, group = _mesh(parameters)
     replica = ModelReplica(list(parameters.values()), optimizer, list(buffers.values()))
-    return Machine(parameters, buffers, replica, shard, group)
+    every = {} if model is None else dict(_unwrapped(model).named_buffers())
+    return Machine(parameters, buffers, every, replica, shard, group)
 
 
 def _check(name: str, parameter: Tensor) -> None:
