@@ -189,8 +189,8 @@ class Text:
     measure = "bits per byte"
     better = -1
     every = 6
-    rounds = 40
-    context = 64
+    rounds = 32
+    context = 32
     batch = 4
 
     def __init__(self, size: int, seed: int) -> None:
