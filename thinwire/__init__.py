@@ -36,9 +36,14 @@ if TYPE_CHECKING:
     from thinwire.comm.compress.standalone import CompressedMean as CompressedMean
     from thinwire.comm.errors import CommError as CommError
     from thinwire.comm.errors import NonFiniteWeightsError as NonFiniteWeightsError
+    from thinwire.comm.errors import OwnWeightsError as OwnWeightsError
     from thinwire.comm.errors import PeerFailedError as PeerFailedError
     from thinwire.comm.errors import PeerLateError as PeerLateError
     from thinwire.comm.errors import PeerLostError as PeerLostError
+    from thinwire.comm.gossip.budget import BudgetSettings as ByteBudget  # noqa: F401
+    from thinwire.comm.gossip.door import gossip as gossip
+    from thinwire.comm.gossip.post.machines import MachinesSettings as MachinesSettings
+    from thinwire.comm.gossip.schedule import SingleMergeSettings as SingleMerge  # noqa: F401
     from thinwire.comm.local_sgd.door import local_sgd as local_sgd
     from thinwire.comm.onebyte.errors import ModelMismatchError as ModelMismatchError
     from thinwire.comm.onebyte.errors import WeightRangeError as WeightRangeError
@@ -48,10 +53,11 @@ if TYPE_CHECKING:
     from thinwire.comm.onebyte.optimizer import OneByteSPSA as OneByteSPSA
     from thinwire.launch.join import init as init
 
-# Name -> module that defines it. Nothing here imports torch until the name is used.
+# Name -> module that defines it (and its name there, if that is another). Nothing here imports torch until it is used.
 _PUBLIC = {
     "Auto": "thinwire.comm.compress.auto",
     "BF16": "thinwire.comm.compress.compressors.dense",
+    "ByteBudget": "thinwire.comm.gossip.budget:BudgetSettings",
     "CommError": "thinwire.comm.errors",
     "CompressedMean": "thinwire.comm.compress.standalone",
     "DGC": "thinwire.comm.compress.feedback.dgc",
@@ -68,16 +74,19 @@ _PUBLIC = {
     "Int8": "thinwire.comm.compress.compressors.block_quantized",
     "LowRank": "thinwire.comm.compress.compressors.low_rank",
     "Natural": "thinwire.comm.compress.compressors.natural",
+    "MachinesSettings": "thinwire.comm.gossip.post.machines",
     "MembershipSettings": "thinwire.comm.onebyte.membership.settings",
     "ModelMismatchError": "thinwire.comm.onebyte.errors",
     "NoQuorumError": "thinwire.comm.onebyte.membership.errors",
     "NonFiniteWeightsError": "thinwire.comm.errors",
     "OneByteSPSA": "thinwire.comm.onebyte.optimizer",
+    "OwnWeightsError": "thinwire.comm.errors",
     "PeerFailedError": "thinwire.comm.errors",
     "PeerLateError": "thinwire.comm.errors",
     "PeerLostError": "thinwire.comm.errors",
     "RandK": "thinwire.comm.compress.compressors.rand_k",
     "Sign": "thinwire.comm.compress.compressors.sign",
+    "SingleMerge": "thinwire.comm.gossip.schedule:SingleMergeSettings",
     "SmoothnessEstimate": "thinwire.comm.compress.feedback.ef21_weighted",
     "Ternary": "thinwire.comm.compress.compressors.block_quantized",
     "TernaryCluster": "thinwire.comm.compress.compressors.ternary_cluster",
@@ -87,6 +96,7 @@ _PUBLIC = {
     "allreduce": "thinwire.comm.allreduce",
     "compress": "thinwire.comm.compress.door",
     "elastic": "thinwire.comm.onebyte.membership.door",
+    "gossip": "thinwire.comm.gossip.door",
     "init": "thinwire.launch.join",
     "local_sgd": "thinwire.comm.local_sgd.door",
 }
@@ -97,7 +107,8 @@ __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'thinwire' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, _, there = _PUBLIC[name].partition(":")
+    return getattr(importlib.import_module(module), there or name)
 
 
 def __dir__() -> list[str]:
