@@ -23,11 +23,14 @@ from thinwire.comm.gossip.port import Script, T
 from thinwire.comm.gossip.settings import GossipSettings
 from thinwire.comm.gossip.simulated_network import Network, Trunk
 from thinwire.comm.gossip.simulation import Simulation, pause
+from thinwire.comm.gossip.statistics import normalisations
 from thinwire.comm.gossip.turn import Turn
 from thinwire.comm.units import format_bytes, parse_delay, parse_rate
+from thinwire.dist.gossip_run import GossipRunSettings
 from thinwire.dist.local_step import LocalStep
 from thinwire.dist.optimizers import build_optimizer
 from thinwire.dist.simulated_views import Scorer, View, distances
+from thinwire.dist.step_reports import NonFiniteError
 from thinwire.dist.task import build_task
 
 if TYPE_CHECKING:
@@ -113,11 +116,16 @@ class SimulatedRun:
     """
 
     def __init__(self, config: RunConfig, circumstances: Circumstances) -> None:
-        if not isinstance(config.method, GossipSettings):
+        if not isinstance(config.method, GossipRunSettings):
             raise ValueError(
                 f"method.kind: {config.method.kind}, but only gossip can be simulated: the collectives of other "
                 "methods need all ranks at once, each in a process of its own; run it by thinwire lab --hosts N -- "
                 "thinwire train CONFIG"
+            )
+        if config.method.machines is not None:
+            raise ValueError(
+                "method.machines: is given, but simulated machines have no addresses, and --hosts says how many they "
+                "are; remove it, or give method.machines=null"
             )
         self.config, self.circumstances = config, circumstances
         size = circumstances.machines
@@ -138,6 +146,11 @@ class SimulatedRun:
         links = (
             Links(Link(circumstances.rate_bps, circumstances.delay_s)) if circumstances.rate_bps < math.inf else None
         )
+        if config.method.statistics == "recalibrate" and normalisations(task.model):
+            raise ValueError(
+                "method.statistics: recalibrate, which a simulation does not do, and this model has batch "
+                "normalisation; give method.statistics=mix or local"
+            )
         plan = make_plan(config.method, size, steps=config.train.steps, numel=first.replica.numel, links=links)
         self.plan = replace(plan, schedule=_Remembered(plan))
         self.numel = first.replica.numel
@@ -180,7 +193,7 @@ class SimulatedRun:
             show: gets a view whenever an evaluation is due (train.eval_every): the last machine alive has taken these
                 steps, or the first one, where each keeps its own pace.
         Raises:
-            OwnWeightsError: the weights of a machine are not finite.
+            NonFiniteError, OwnWeightsError: the loss, the gradient or the weights of a machine are not finite.
         """
         every, steps = self.config.train.eval_every, self.config.train.steps
         self._due = list(range(every, steps, every)) if every else []
@@ -234,7 +247,9 @@ class SimulatedRun:
             if step_s:
                 yield pause(self.simulation.now_s, step_s)
                 machine.computed_s += step_s
-            machine.loss, _ = machine.local.gradient(agent.step)
+            machine.loss, norm = machine.local.gradient(agent.step)
+            if not (math.isfinite(machine.loss) and math.isfinite(norm)):
+                raise NonFiniteError(agent.step + 1, (rank,), "a machine's own loss or gradient is not finite")
             yield from without_grad(agent.before_step())
             machine.optimizer.step()
             machine.optimizer.zero_grad()

@@ -43,6 +43,7 @@ def simulate(
     from thinwire.comm.errors import OwnWeightsError
     from thinwire.dist.config import load_config
     from thinwire.dist.simulate import Circumstances, SimulatedRun
+    from thinwire.dist.step_reports import NonFiniteError
 
     try:
         given = Circumstances(
@@ -67,7 +68,7 @@ def simulate(
     show = _table(views)
     try:
         views.append(run.run(show))
-    except OwnWeightsError as error:
+    except (NonFiniteError, OwnWeightsError) as error:
         return _complain(f"at {run.simulation.now_s:.3f} virtual seconds: {error}", FAILURE)
     except KeyboardInterrupt:
         return _complain(f"interrupted at {run.simulation.now_s:.3f} virtual seconds", INTERRUPTED)
