@@ -53,6 +53,8 @@ def test_meeting_rates_are_what_machines_that_ask_evenly_do() -> None:
     assert path == pytest.approx({(0, 1): 0.75, (1, 2): 0.75})
     star = meeting_rates(build("star", 4))
     assert sum(star.values()) == pytest.approx(2)
+    resting = meeting_rates(build({"kind": "base_k", "k": 1}, 3))  # in each of three rounds one has nobody to ask
+    assert sum(resting.values()) == pytest.approx(1)
     changing = meeting_rates(build({"kind": "base_k", "k": 1}, 4))
     assert changing == pytest.approx({(0, 1): 0.5, (2, 3): 0.5, (0, 2): 0.5, (1, 3): 0.5})
 

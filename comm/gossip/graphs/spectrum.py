@@ -115,9 +115,10 @@ def chi_2(rates: Mapping[Edge, float], size: int) -> float:
 def meeting_rates(graph: Graph) -> dict[Edge, float]:
     """How often the two of an edge meet, if every round each machine asks one of its neighbours, all equally likely.
 
-    Scaled so that a machine takes part in one exchange a round on average, so that size / 2 exchanges a round are made
-    by all; of a graph that changes, the mean over its period, or over the first 1000 rounds if it has none. A machine
-    without neighbours in a round asks nobody. For a ring every rate is 1/2, as in A2CiD2.
+    Half of these meetings: a machine that has neighbours in every round takes part in one exchange a round on average,
+    and size / 2 exchanges a round are made by all; a machine without neighbours in a round asks nobody. Of a graph that
+    changes, the mean over its period, or over the first 1000 rounds if it has none. For a ring every rate is 1/2, as in
+    A2CiD2.
     """
     rounds = graph.period or _ROUNDS_OF_CHANCE
     asked: dict[Edge, float] = {}
@@ -128,5 +129,4 @@ def meeting_rates(graph: Graph) -> dict[Edge, float]:
             for other in neighbours:
                 edge = (min(rank, other), max(rank, other))
                 asked[edge] = asked.get(edge, 0.0) + 1 / len(neighbours)
-    total = sum(asked.values())
-    return {edge: count / total * graph.size / 2 for edge, count in sorted(asked.items())}
+    return {edge: count / rounds / 2 for edge, count in sorted(asked.items())}
