@@ -40,6 +40,7 @@ class Quadratics:
         n = graph.size
         chance = torch.Generator().manual_seed(1)
         self.b = torch.randn(n, numel, dtype=torch.float64, generator=chance).to(dtype)
+        self.settings = settings
         self.graph = graph
         self.lr, self.momentum = lr, momentum
         self.simulation = Simulation(n, links)
@@ -94,6 +95,17 @@ class Quadratics:
     def kill(self, rank: int) -> None:
         self.alive.remove(rank)
         self.simulation.kill(rank)
+
+    def enter(self, rank: int, donor: int) -> None:
+        """A new machine in the place of a dead one, with the weights and half the mass of another."""
+        port = self.simulation.revive(rank)
+        self.replicas[rank] = VectorReplica(self.replicas[donor].x, self.lr, self.replicas[donor].sizes)
+        parts = Parts(self.replicas[rank], port, self.graph, DEADLINE_S, 0)
+        self.algorithms[rank] = self.settings.build(parts)
+        share = self.algorithms[donor].mass / 2
+        for machine in (rank, donor):
+            self.algorithms[machine].hold(share)
+        self.alive = sorted([*self.alive, rank])
 
     def merge(self) -> None:
         """All machines alive take the average."""

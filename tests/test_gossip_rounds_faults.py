@@ -191,6 +191,23 @@ def test_the_others_go_on_when_a_machine_is_lost() -> None:
         world.run(1)
 
 
+def test_gradient_tracking_counts_the_gradient_of_a_machine_that_enters() -> None:
+    world = Quadratics(GradientTrackingSettings(), Always(ring(4)), lr=0.2)
+    world.kill(3)  # before it held anything
+    world.run(5)
+    world.enter(3, donor=0)
+    assert sorted(world.mass.tolist()) == [0.5, 0.5, 1.0, 1.0]
+    mean = (world.mass[:, None] * world.x).sum(0)
+    for _ in range(120):
+        world.run(1)
+        tracked = torch.stack([algorithm._tracked for algorithm in world.algorithms])
+        mean = mean - 0.2 * world.gradients.sum(0)
+        assert off((world.mass[:, None] * tracked).sum(0), world.gradients.sum(0)) < 1e-14
+        assert off((world.mass[:, None] * world.x).sum(0), mean) < 1e-13
+    assert off(world.mass, torch.full_like(world.mass, 0.75)) < 1e-14
+    assert off(world.x, world.b.mean(0)) < 1e-12
+
+
 CASES: list[tuple[AlgorithmSettings, Callable[[], Always], float]] = [
     (GradientTrackingSettings(), lambda: RING, 0.9),
     (GradientTrackingSettings(wire="bf16"), lambda: Always(digraph(5, 1)), 0.0),

@@ -27,6 +27,7 @@ class DecentLaMSettings(AlgorithmSettings):
     every_step: ClassVar[bool] = True
     static_graph: ClassVar[bool] = True
     needs_sgd: ClassVar[bool] = True
+    joinable: ClassVar[bool] = False
 
     def build(self, parts: Parts) -> DecentLaM:
         """The algorithm of one machine.
@@ -61,6 +62,9 @@ class DecentLaM(InRounds):
 
     At a learning rate of 0 (the first step of a warm-up) x <- W x, and the gradient is left alone. A parameter of 16
     bits has a gradient of 16 bits: its ghat is rounded to that, and the mean with it; give fp32 parameters.
+
+    A machine cannot join: momentum brings back flows of earlier rounds, which are antisymmetric only while all masses
+    stay as they were.
 
     Sends what D-PSGD does. Memory: none.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ class GradientTrackingSettings(AlgorithmSettings):
 
     kind: Literal["gradient_tracking"] = "gradient_tracking"
     wire: Wire = "fp32"
-
-    joinable: ClassVar[bool] = False
 
     def build(self, parts: Parts) -> GradientTracking:
         """The algorithm of one machine."""
@@ -53,7 +51,8 @@ class GradientTracking(InRounds):
 
     A lost machine takes along m y - g: the others' y then average to their mean gradient and what it had given out,
     its last gradient less its last y, as if its objective went on as a linear one. A merge begins tracking anew and
-    ends that. A machine cannot join: it would need y as well.
+    ends that. A machine that gives half of its mass to one that enters doubles its y, and the new one begins with its
+    own gradient, so that the sum counts one gradient more from then on.
 
     Sends twice what D-PSGD does. Memory: y and one gradient.
 
@@ -65,6 +64,12 @@ class GradientTracking(InRounds):
         super().__init__(replica, mixer, replica.numel + sum(replica.sizes))
         self._tracked: Tensor | None = None  # y
         self._gradient: Tensor | None = None  # the one that y has counted in
+
+    def hold(self, mass: float) -> None:
+        """As SharesMass says."""
+        if self._tracked is not None:
+            self._tracked *= self.mass / mass
+        super().hold(mass)
 
     def before_step(self, turn: Turn) -> Script[None]:
         """Give the optimizer y for the gradient."""
