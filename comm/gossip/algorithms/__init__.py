@@ -6,12 +6,19 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
+from thinwire.comm.gossip.algorithms.acid import A2CiD2Settings
+from thinwire.comm.gossip.algorithms.ad_psgd import ADPSGDSettings
+from thinwire.comm.gossip.algorithms.choco import ChocoSettings
 from thinwire.comm.gossip.algorithms.d2 import D2Settings
+from thinwire.comm.gossip.algorithms.dadao import DADAOSettings
 from thinwire.comm.gossip.algorithms.decentlam import DecentLaMSettings
 from thinwire.comm.gossip.algorithms.dpsgd import DPSGDSettings
 from thinwire.comm.gossip.algorithms.gradient_tracking import GradientTrackingSettings
+from thinwire.comm.gossip.algorithms.modest import ModestSettings
 from thinwire.comm.gossip.algorithms.noloco import NoLoCoSettings
+from thinwire.comm.gossip.algorithms.sgp import SGPSettings
 from thinwire.comm.gossip.algorithms.slowmo import SlowMoSettings
+from thinwire.comm.gossip.algorithms.sparta import SpartaSettings
 from thinwire.comm.gossip.algorithms.variance_corrected import VarianceCorrectedSettings
 
 EachAlgorithm: TypeAlias = (
@@ -21,7 +28,14 @@ EachAlgorithm: TypeAlias = (
     | DecentLaMSettings
     | SlowMoSettings
     | NoLoCoSettings
+    | ModestSettings
     | VarianceCorrectedSettings
+    | SGPSettings
+    | ADPSGDSettings
+    | A2CiD2Settings
+    | DADAOSettings
+    | ChocoSettings
+    | SpartaSettings
 )
 
 
