@@ -45,10 +45,10 @@ def test_every_machine_counts_alike_where_in_dpsgd_mass_counts() -> None:
 
     def bias(settings: Any) -> float:
         world = Quadratics(settings, graph, lr=LR)
-        world.run(250)
+        world.run(200)
         return float((world.x.mean(0) - world.b.mean(0)).norm())
 
-    assert bias(SGPSettings()) < 1e-11
+    assert bias(SGPSettings()) < 1e-7
     assert bias(DPSGDSettings()) > 0.1
 
 

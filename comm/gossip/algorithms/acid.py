@@ -125,13 +125,15 @@ class A2CiD2(OwnPace):
         self._turns = 0
         self._time = self._clock()  # up to which x and y have flowed together
         self._companion = replica.weights()
+        self._new = True
         self._before: Tensor | None = None
 
     def before_step(self, turn: Turn) -> Script[None]:
         """As Algorithm says."""
         self._before = self._replica.weights()
-        if self._turns == 0 and self._swaps.made == 0:
+        if self._new and not self._swaps.made:
             self._companion = self._before.clone()  # the weights may have been set since this was made
+        self._new = False
         return
         yield
 
@@ -154,7 +156,7 @@ class A2CiD2(OwnPace):
         self._turns = int(state["turns"])
         self._time = self._clock()
         self._companion = state["companion"].to(self._replica.device, self._replica.dtype, copy=True)
-        self._before = None
+        self._new, self._before = False, None
 
     def merged(self) -> None:
         """The companion is the weights again."""

@@ -139,15 +139,18 @@ class DADAO(OwnPace):
         super().__init__(replica, port, swaps, seed=seed, deadline_s=deadline_s)
         self._constants = constants
         self._flow = _matrix(constants)
+        self._flown: tuple[float, Tensor] | None = None  # exp(flow t) of the last t
         self._steps = 0
         self._clock = clock or (lambda: float(self._steps))
         self._time = self._clock()
+        self._new = True
         self._state = self._begin()  # x, x~, y, y~, z, z~
 
     def before_step(self, turn: Turn) -> Script[None]:
         """As Algorithm says."""
-        if self._steps == 0 and self._swaps.made == 0:
+        if self._new and not self._swaps.made:
             self._state = self._begin()  # the weights may have been set since this was made
+        self._new = False
         self._take_gradient(self._replica.gradient())
         return
         yield
@@ -159,7 +162,7 @@ class DADAO(OwnPace):
             gradient: of this machine's objective, at weights.
             sources: neighbours, each as likely.
         """
-        chance = np.random.Generator(np.random.Philox(key=np.array([self._seed, self._port.rank], np.uint64)))
+        chance = self._chance(0)
         now = self._port.now
         gradient_at = now() + chance.exponential()
         pause_s = 2 / self._constants.rate if sources else math.inf
@@ -189,6 +192,7 @@ class DADAO(OwnPace):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As Algorithm says."""
         super().load_state_dict(state)
+        self._new = False
         self._steps = int(state["steps"])
         self._time = self._clock()
         self._state = state["state"].to(self._replica.device, self._replica.dtype, copy=True)
@@ -237,8 +241,10 @@ class DADAO(OwnPace):
         now = self._clock()
         passed, self._time = now - self._time, now
         if passed:
-            flown = torch.linalg.matrix_exp(self._flow * passed)
-            self._state = flown.to(self._state.device, self._state.dtype) @ self._state
+            if self._flown is None or self._flown[0] != passed:  # between steps it is always 1
+                flown = torch.linalg.matrix_exp(self._flow * passed)
+                self._flown = passed, flown.to(self._state.device, self._state.dtype)
+            self._state = self._flown[1] @ self._state
 
 
 def _matrix(c: Constants) -> Tensor:

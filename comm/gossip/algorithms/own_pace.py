@@ -54,8 +54,7 @@ class OwnPace:
         self._begin_turn(turn)
         self._take_and_serve()
         if turn.mixing is not None:
-            key = np.array([self._seed & (2**64 - 1), _SALT << 32 | self._port.rank], np.uint64)
-            chance = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, turn.step]))
+            chance = self._chance(turn.step)
             for _ in range(self._asks_of(chance)):
                 self._ask_one_of(turn.mixing.sources(self._port.rank), chance)
         self._store()
@@ -103,6 +102,11 @@ class OwnPace:
 
     def merged(self) -> None:
         """Nothing to forget: flows under way stay antisymmetric."""
+
+    def _chance(self, step: int) -> np.random.Generator:
+        """What this machine draws from at a step."""
+        key = np.array([self._seed & (2**64 - 1), _SALT << 32 | self._port.rank], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, step]))
 
     def _begin_turn(self, turn: Turn) -> None:
         """What comes before the exchanges of a turn."""
