@@ -238,6 +238,9 @@ METHODS = [
         close=False,
     ),
     Row("gossip-noloco", enter_gossip(graph="complete", algorithm="noloco"), lossless=False, close=False),
+    Row("gossip-sgp", enter_gossip(graph="exponential", algorithm="sgp"), lossless=False),
+    Row("gossip-choco", enter_gossip(graph="complete", algorithm="choco"), lossless=False),
+    Row("gossip-sparta", enter_gossip(graph="complete", algorithm="sparta"), lossless=False),
     Row("gossip-corrected", enter_gossip(graph="complete", algorithm="variance_corrected"), lossless=False),
     Row("onebyte", enter_onebyte(samples=4), lossless=False, close=False),
     Row(

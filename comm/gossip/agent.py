@@ -107,7 +107,6 @@ class Agent:
             self.step += 1
             return
         turn = self.schedule.turn(self.step)
-        self.predicted_bytes = dict(self.algorithm.sent_bytes(turn))
         if not self.in_rounds:
             self._refuse_non_finite()  # in rounds the mixer does, which also tells the neighbours
         try:
@@ -115,6 +114,7 @@ class Agent:
         except OwnWeightsError:
             self.step += 1  # the others have gone through this round
             raise
+        self.predicted_bytes = dict(self.algorithm.sent_bytes(turn))
         self.step = self.algorithm.next_step if isinstance(self.algorithm, KeepsStep) else self.step + 1
         if self.in_rounds:
             yield from self._meet(self.step)

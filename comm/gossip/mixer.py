@@ -87,7 +87,7 @@ class Mixer(Protocol):
         ...
 
     def sent_bytes(self, mixing: Mixing, numel: int, itemsize: int) -> dict[int, int]:
-        """Payload bytes that begin() sends, by machine; of a codec whose payloads vary in length, none."""
+        """Payload bytes that begin() sends, by machine; of a codec whose payloads vary, those that it sent last."""
         ...
 
     def metrics(self) -> dict[str, float]: ...
@@ -142,6 +142,7 @@ class SymmetricMixer:
         self._overdue: dict[int, _Sent] = {}  # by neighbour
         self._last: _Sent | None = None  # the last round, where something may still come of it
         self.mass = 1.0
+        self._given: dict[int, int] = {}  # payload bytes of the last round, by receiver
         self._late = 0
         self._absent = 0
 
@@ -151,6 +152,7 @@ class SymmetricMixer:
         assert mixing.symmetric
         refuse_non_finite(self._port, value, round, mixing.sources(self._port.rank), Kind.VALUE, self._stream)
         payload, public = self._codec.encode(round, value)
+        self._given = {}
         row, lost = mixing.rows[self._port.rank], self._port.lost()
         weights: dict[int, float] = {}
         generations: dict[int, int] = {}
@@ -161,6 +163,7 @@ class SymmetricMixer:
                 weights[rank] = row[rank]
             given = no_payload() if flags & SKIPPED and not self._codec.remembers else payload
             self._port.send(rank, Message(Kind.VALUE, round, self._stated_mass(), self._stream, flags, given))
+            self._given[rank] = len(given)
         until = self._port.now() + self._deadline_s
         whole = len(weights) == len(mixing.sources(self._port.rank))
         own = row.get(self._port.rank, 0.0) if whole else 1.0 - sum(weights.values())
@@ -195,7 +198,7 @@ class SymmetricMixer:
     def sent_bytes(self, mixing: Mixing, numel: int, itemsize: int) -> dict[int, int]:
         """As Mixer says."""
         count = self._codec.payload_bytes(numel, itemsize)
-        return {} if count is None else {rank: count for rank in mixing.sources(self._port.rank)}
+        return dict(self._given) if count is None else {rank: count for rank in mixing.sources(self._port.rank)}
 
     def metrics(self) -> dict[str, float]:
         """`mass`; `late`, flows that came after their round; `overdue`, neighbours that still owe one.
