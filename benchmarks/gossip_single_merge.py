@@ -1,4 +1,4 @@
-"""Claim: a quarter of the messages, most of them late, and one merge close 90 % of the gap to averaging every round.
+"""Claim: a quarter of the messages, denser at the end, and one merge close 90 % of the gap to averaging every round.
 
     python benchmarks/gossip_single_merge.py [--seeds 5] [--only mixture-16 digits-16 ...] [--keep FOLDER]
         [--json FILE] [--plot FILE]
@@ -53,6 +53,19 @@ NONE, PAIRS, FULL = "no exchange", "pairs, every round", "full average, every ro
 LATE = "budget, late, base-2 graph"
 FEW = (NONE, LATE, PAIRS, FULL)
 """The ways that are compared on all tasks; the others on the first alone."""
+
+COLORS = {
+    FULL: "black",
+    PAIRS: "tab:blue",
+    LATE: "tab:red",
+    "pairs with p = 0.2": "tab:green",
+    NONE: "tab:gray",
+}
+WINDOWS = {
+    "and a window early": "tab:orange",
+    "and a window in the middle": "tab:olive",
+    "and a window late": "tab:purple",
+}
 
 TASKS: Mapping[str, Callable[[int], Task]] = {
     "mixture-16": lambda seed: Mixture(16, seed),
@@ -174,34 +187,33 @@ def draw(found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: P
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {
-        FULL: ("black", "-"),
-        PAIRS: ("tab:blue", "-"),
-        LATE: ("tab:red", "-"),
-        "budget, early, base-2 graph": ("tab:orange", "-"),
-        "pairs with p = 0.2": ("tab:green", "-"),
-        NONE: ("tab:gray", "-"),
-    }
-    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.8), dpi=120, layout="constrained")
-    for axes, (name, runs) in zip([panels] if len(found) == 1 else panels, found.items(), strict=True):
-        for way, (color, line) in styles.items():
+    windows = [(name, WINDOWS) for name in found if WINDOWS.keys() <= found[name].keys()]
+    shown = [(name, COLORS) for name in found] + windows
+    columns = min(3, len(shown))
+    grid = (-(-len(shown) // columns), columns)
+    size = (5.4 * grid[1], 4.4 * grid[0])
+    figure, panels = plt.subplots(*grid, figsize=size, dpi=110, layout="constrained", squeeze=False)
+    for axes in panels.flat[len(shown) :]:
+        axes.set_visible(False)
+    for axes, (name, colors) in zip(panels.flat, shown, strict=False):
+        runs = found[name]
+        for way, color in colors.items():
             if way not in runs:
                 continue
             curves = [run["curve"] for run in runs[way]]
             rounds = [point[0] for point in curves[0]]
-            for place, style, width in ((2, line, 2.0), (1, ":", 1.2)):
+            label = f"{way} ({statistics.fmean(run['messages'] for run in runs[way]):,.0f})"
+            for place, style, width in ((2, "-", 2.0), (1, ":", 1.2)):
                 means = [statistics.fmean(curve[i][place] for curve in curves) for i in range(len(rounds))]
-                label = f"{way} ({statistics.fmean(r['messages'] for r in runs[way]):.3g})" if place == 2 else None
-                axes.plot(rounds, means, style, color=color, linewidth=width, label=label)
-        task = TASKS[name](0)
-        if task.better < 0:
-            axes.set_yscale("log")
-        axes.set_title(name.replace("-", ", ") + " machines")
+                axes.plot(rounds, means, style, color=color, linewidth=width, label=label if place == 2 else None)
+        axes.set_title(
+            name.replace("-", ", ") + " machines" + (f": {WINDOW} dense rounds" if colors is WINDOWS else "")
+        )
         axes.set_xlabel("round")
-        axes.set_ylabel(task.measure)
+        axes.set_ylabel(TASKS[name](0).measure)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, title="way (messages of a machine)", title_fontsize=8)
-    figure.suptitle("Average of all machines' models (solid), and the machines' own models (dotted)", fontsize=10)
+    figure.suptitle("Average of all machines' models (solid), and the machines' own models (dotted)")
     figure.savefig(path)
 
 
