@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.gossip.algorithm import Parts
+from thinwire.comm.gossip.algorithms.modest_roll import PING, PONG, RollCall
 from thinwire.comm.gossip.algorithms.modest_view import View, decode_view, order_of, view_bytes
 from thinwire.comm.gossip.codec import Plain
 from thinwire.comm.gossip.message import MEETING_STREAM, Kind, Message, no_payload
@@ -29,12 +30,10 @@ from thinwire.kernels.weighted_sum import weighted_sum
 if TYPE_CHECKING:
     from thinwire.comm.gossip.algorithms.modest import ModestSettings
 
-PING, PONG, MODEL, AVERAGE, USED, HELLO = range(6)
+MODEL, AVERAGE, USED, HELLO = range(PONG + 1, 6)
 """Streams of Kind.SAMPLE."""
 TRAIN, FINAL = 1, 2
 """Flags of AVERAGE: the receiver is in the sample; no round follows."""
-BUSY = 1
-"""Flag of PONG: the sender trains."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +60,9 @@ class ModestMachine:
         self._codec = Plain()
         self._strands = Strands()
         self._view = View(parts.port.size)
+        self._roll = RollCall(
+            parts.port, self._view, seed=parts.seed, inactive_rounds=inactive_rounds, ping_s=settings.ping_s
+        )
         self._rank = parts.port.rank
         self.next_step = 0
         self._entered = False
@@ -71,7 +73,7 @@ class ModestMachine:
         self._given: _Given | None = None
         self._called = 0  # the last meeting that it has come to
         self._heard_s = 0.0
-        self._generations = [parts.port.generation(rank) for rank in range(parts.port.size)]
+
         self._forget()
         self._counts = {"trained": 0, "averaged": 0, "resent": 0, "rescued": 0}
 
@@ -85,7 +87,7 @@ class ModestMachine:
         if not self._entered:
             self._enter()
         self._tend()
-        if self._local is not None and not self._is_overtaken():
+        if self._local is not None and self._given is None:
             self._local += 1
             self.next_step += 1
             if self._local < self._steps_of(self._round):
@@ -168,7 +170,7 @@ class ModestMachine:
         """The first round begins without messages: all have the same weights and know of all machines."""
         self._entered = True
         self._heard_s = self._port.now()
-        if self._rank in self._order(0)[: self._settings.sample]:
+        if self._rank in self._roll.order(0)[: self._settings.sample]:
             self._local = 0
 
     def _say_hello(self) -> None:
@@ -221,7 +223,7 @@ class ModestMachine:
         """Give the trained model to those who average for `round`, until one has used it."""
         tried: set[int] = set()
         while self._trained is not None and not self._is_used(round):
-            found = yield from self._draw(round, self._settings.aggregators, tried)
+            found = yield from self._roll.draw(round, self._settings.aggregators, tried)
             for position, rank in enumerate(found):
                 if self._trained is not None:
                     self._hand(rank, round, position, self._trained)
@@ -257,10 +259,10 @@ class ModestMachine:
                 break
         final = self._steps is not None and round * settings.local_steps >= self._steps
         if final and not first:  # so that all end with the same weights
-            yield Wait(lambda: self._has_heard_of(round), self._port.now() + settings.aggregate_s)
-            if self._has_heard_of(round):
+            yield Wait(lambda: self._known >= round, self._port.now() + settings.aggregate_s)
+            if self._known >= round:
                 return
-        sample = yield from self._draw(round, settings.sample, set())
+        sample = yield from self._roll.draw(round, settings.sample, set())
         like = self._replica.weights()
         vectors = [self._codec.decode(rank, round, models[rank], like) for rank in sorted(models)]
         mean = weighted_sum(vectors, [1.0] * len(vectors)).div_(len(vectors))
@@ -292,13 +294,7 @@ class ModestMachine:
 
     def _rescue(self) -> Script[None]:
         """Nothing has been heard for long: if nobody trains, the machine with the newest model begins a round."""
-        asked = self._known
-        self._pongs[asked] = {}
-        others = [rank for rank in range(self._port.size) if rank != self._rank]
-        for rank in others:
-            self._send(rank, PING, asked)
-        yield Wait(lambda: False, self._port.now() + self._settings.ping_s)
-        answers = self._pongs.get(asked, {})
+        answers = yield from self._roll.ask_all(self._known)
         newest = max([(self._round, -self._rank), *((round, -rank) for rank, (round, _) in answers.items())])
         if any(busy for _, busy in answers.values()) or self._local is not None or newest != (self._round, -self._rank):
             return
@@ -308,47 +304,15 @@ class ModestMachine:
         if model is None:
             model = self._codec.encode(round, self._replica.weights())[0]
         final = self._steps is not None and round * self._settings.local_steps >= self._steps
-        sample = yield from self._draw(round, self._settings.sample, set())
+        sample = yield from self._roll.draw(round, self._settings.sample, set())
         self._give(round, model, sample, final=final)
-
-    def _draw(self, round: int, count: int, without: set[int]) -> Script[list[int]]:
-        """The first `count` machines in the order of a round that answer; at least one: this machine does."""
-        order = [r for r in self._order(round) if r not in without] or self._order(round)
-        answers = self._pongs.setdefault(round, {})
-        asked, batch = 0, 2 * count
-
-        def here(rank: int) -> bool:
-            return rank == self._rank or rank in answers
-
-        def is_settled() -> bool:
-            """Whether those who will be chosen are known: nobody before them may still answer."""
-            lost, found = self._port.lost(), 0
-            for rank in order[:asked]:
-                if here(rank):
-                    found += 1
-                elif rank not in lost:
-                    return False
-                if found == count:
-                    return True
-            return True
-
-        while True:
-            lost = self._port.lost()
-            for rank in order[asked : asked + batch]:
-                if not here(rank) and rank not in lost:
-                    self._send(rank, PING, round)
-            asked, batch = asked + batch, 2 * batch
-            yield Wait(is_settled, self._port.now() + self._settings.ping_s)
-            found = [rank for rank in order[:asked] if here(rank)][:count]
-            if len(found) == count or asked >= len(order):
-                return found or [self._rank]
 
     def _tend(self) -> None:
         """Read all mail, and let every strand go on."""
         readers: list[tuple[int, Callable[[int, Message], None]]] = [
             (HELLO, self._read_hello),
             (PING, self._read_ping),
-            (PONG, self._read_pong),
+            (PONG, self._roll.answered),
             (USED, lambda rank, message: self._used.add(message.round)),
             (MODEL, lambda rank, m: self._collect(rank, m.round, m.flags, self._checked(m.payload))),
             (AVERAGE, self._read_average),
@@ -357,6 +321,7 @@ class ModestMachine:
             for rank in self._port.waiting(Kind.SAMPLE, stream):
                 while self._port.peek(rank, Kind.SAMPLE, stream) is not None:
                     self._heard_s = self._port.now()
+                    self._roll.heard(rank)
                     read(rank, self._port.take(rank, Kind.SAMPLE, stream))
         self._strands.advance(self._port.now())
 
@@ -366,12 +331,7 @@ class ModestMachine:
 
     def _read_ping(self, rank: int, message: Message) -> None:
         self._view.saw(rank, self._known)
-        if self._view.changes[self._rank] % 2 == 0:
-            self._send(rank, PONG, message.round, BUSY if self._local is not None else 0, mass=float(self._round))
-
-    def _read_pong(self, rank: int, message: Message) -> None:
-        if message.round in self._pongs:
-            self._pongs[message.round][rank] = int(message.mass), bool(message.flags & BUSY)
+        self._roll.answer(rank, message.round, of=self._round, busy=self._local is not None)
 
     def _read_average(self, rank: int, message: Message) -> None:
         head = view_bytes(self._port.size)
@@ -386,8 +346,7 @@ class ModestMachine:
 
     def _hear_of(self, round: int) -> None:
         self._known = max(self._known, round)
-        for old in [old for old in self._pongs if old < self._known - 1]:
-            del self._pongs[old]
+        self._roll.forget_before(self._known - 1)
         self._used = {used for used in self._used if used >= self._known - 1}
 
     def _tell_used(self, rank: int, round: int) -> None:
@@ -402,27 +361,12 @@ class ModestMachine:
         given = no_payload() if payload is None else payload
         self._port.send(to, Message(Kind.SAMPLE, round, mass, stream, flags, given))
 
-    def _order(self, round: int) -> list[int]:
-        for rank in range(self._port.size):
-            if self._port.generation(rank) != self._generations[rank]:  # a new machine in an old place
-                self._generations[rank] = self._port.generation(rank)
-                self._view.saw(rank, round)
-                self._view.join(rank)
-        return order_of(self._seed, round, self._view.members(round, self._inactive_rounds))
-
     def _steps_of(self, round: int) -> int:
         steps = self._settings.local_steps
         return steps if self._steps is None else min(steps, self._steps - round * steps)
 
     def _is_used(self, round: int) -> bool:
         return round in self._used or self._round >= round
-
-    def _has_heard_of(self, round: int) -> bool:
-        return self._known >= round
-
-    def _is_overtaken(self) -> bool:
-        """Whether a newer round has begun with this machine in it."""
-        return self._given is not None
 
     def _has_call(self) -> bool:
         port = self._port
@@ -447,6 +391,6 @@ class ModestMachine:
         """Drop what is under way."""
         self._strands.cancel()
         self._models: dict[int, dict[int, Tensor]] = {}  # by round and sender
-        self._pongs: dict[int, dict[int, tuple[int, bool]]] = {}  # by round: who answered, with its round, busy or not
+        self._roll.forget()
         self._used: set[int] = set()
         self._forwarding = -1
