@@ -273,3 +273,32 @@ def test_variance_correction_leaves_alike_machines_and_constant_tensors_alone_an
     over = Quadratics(VarianceCorrectedSettings(rounds=0), COMPLETE, lr=0.0, numel=60, sizes=sizes, start=unlike(sizes))
     over.run(1)
     assert off(over.x, torch.stack(unlike(sizes)).mean(0)) < 1e-15
+
+
+@pytest.mark.parametrize(
+    ("settings", "moved"),
+    [
+        (GradientTrackingSettings(), 0.0),  # statistics are given no gradient
+        (DecentLaMSettings(), 0.0),
+        (D2Settings(lazy=True), 1.0),
+        (NoLoCoSettings(), 1.0),
+        (SlowMoSettings(every=3), 1.0),
+        (VarianceCorrectedSettings(), 1.0),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_statistics_are_averaged_as_they_are(settings: AlgorithmSettings, moved: float) -> None:
+    start = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    world = Quadratics(settings, RING, sizes=(1, 2), start=list(start))
+    without = Quadratics(settings, RING, sizes=(1, 2), start=list(start[:, :3]), numel=3)
+    without.b = world.b[:, :3]
+    mixing = (EYE + W) / 2 if settings.kind == "d2" else W
+    statistics = start[:, 3:]
+    for step in range(5):
+        statistics = mixing @ (statistics - moved * 0.1 * (statistics - world.b[:, 3:]))
+        if settings.kind == "slowmo" and step == 2:
+            statistics = statistics.mean(0).expand(6, 2)
+        world.run(1)
+        without.run(1)
+        assert off(world.x[:, 3:], statistics) < 1e-14
+        assert off(world.x[:, :3], without.x) < 1e-14

@@ -83,9 +83,9 @@ class DecentLaM(InRounds):
         weights, lr = self._replica.weights(), self._replica.lr
         if self._lent is not None:
             weights[: self._learned] -= self._lent
-        after = weights
+        after = weights.clone()
         if lr != 0.0:
-            after = weights - lr * self._replica.gradient()
+            after[: self._learned] -= lr * self._replica.gradient()[: self._learned]
         if turn.mixing is not None:
             value = after
             mixed = yield from self._exchange(turn.round, turn.mixing, value)
