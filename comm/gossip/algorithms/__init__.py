@@ -15,6 +15,7 @@ from thinwire.comm.gossip.algorithms.decentlam import DecentLaMSettings
 from thinwire.comm.gossip.algorithms.dpsgd import DPSGDSettings
 from thinwire.comm.gossip.algorithms.gradient_tracking import GradientTrackingSettings
 from thinwire.comm.gossip.algorithms.modest import ModestSettings
+from thinwire.comm.gossip.algorithms.modest import ModestSettings
 from thinwire.comm.gossip.algorithms.noloco import NoLoCoSettings
 from thinwire.comm.gossip.algorithms.sgp import SGPSettings
 from thinwire.comm.gossip.algorithms.slowmo import SlowMoSettings
@@ -36,6 +37,7 @@ EachAlgorithm: TypeAlias = (
     | DADAOSettings
     | ChocoSettings
     | SpartaSettings
+    | ModestSettings
 )
 
 
