@@ -39,6 +39,7 @@ class AlgorithmSettings(Settings):
     static_graph: it needs the same mixing in every round.
     needs_sgd: it needs torch.optim.SGD, one learning rate for all parameters, no dampening: it corrects that step.
     equal_start: machines must begin with the same weights.
+    uses_graph: graph and schedule say who exchanges, and when. False: the algorithm itself does.
     joinable: a machine can enter a run under way with the weights and half the mass of another. False: what the
         algorithm keeps besides the weights would no longer sum to what it must sum to.
     """
@@ -48,6 +49,7 @@ class AlgorithmSettings(Settings):
     static_graph: ClassVar[bool] = False
     needs_sgd: ClassVar[bool] = False
     equal_start: ClassVar[bool] = True
+    uses_graph: ClassVar[bool] = True
     joinable: ClassVar[bool] = True
 
     def build(self, parts: Parts) -> Algorithm:

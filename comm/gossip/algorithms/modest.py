@@ -50,6 +50,7 @@ class ModestSettings(AlgorithmSettings):
     inactive_rounds: int | None = Field(None, ge=1)
 
     in_rounds: ClassVar[bool] = False
+    uses_graph: ClassVar[bool] = False
     joinable: ClassVar[bool] = False
 
     @model_validator(mode="after")
