@@ -6,6 +6,7 @@ import pytest
 import torch
 from ranks import Rank, run_ranks
 
+from thinwire.comm.gossip.graphs.auto import AutoSettings
 from thinwire.comm.gossip.graphs.base_k import BaseKSettings
 from thinwire.comm.gossip.graphs.choose import choose_graph
 from thinwire.comm.gossip.graphs.links import Link, Links
@@ -52,6 +53,14 @@ def test_only_what_the_algorithm_allows_is_considered() -> None:
     assert own_pace.settings == CompleteSettings()
     assert own_pace.candidates[0].rounds == 13  # 2 ln(1000) 15/16
     assert "in 13 exchanges" in own_pace.reason
+
+
+def test_links_can_be_given_in_place_of_a_measurement() -> None:
+    assert AutoSettings().links() is None
+    assert AutoSettings(link="100mbit", latency="20ms").links() == WIDE
+    half = AutoSettings(latency="20ms").links()
+    assert half is not None
+    assert (half.usual.bps, half.usual.latency_s) == (1e9, 0.02)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])

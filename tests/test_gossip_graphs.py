@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -204,6 +205,19 @@ def test_edges_as_people_write_them() -> None:
     assert (links.between(0, 1).bps, links.between(0, 1).latency_s) == (1e10, 1e-3)
 
 
+def test_a_configuration_file_can_give_every_graph() -> None:
+    """Files are read as JSON in strict mode, where a list is no tuple once a validator has seen it."""
+    for kind in [
+        *EVERY_SIZE,
+        {"kind": "torus", "rows": 2},
+        {"kind": "edges", "edges": [[0, 1], {"ends": [1, 2], "latency": "20ms"}]},
+        {"kind": "auto", "link": "100mbit"},
+    ]:
+        read = READ.validate_json(json.dumps(kind), strict=True)
+        assert read == READ.validate_python(kind)
+        assert READ.validate_json(read.model_dump_json(), strict=True) == read
+
+
 def test_directed_edges_push_their_mass() -> None:
     circle = {"kind": "edges", "directed": True, "edges": [[0, 1], [1, 2], [2, 0], [0, 2]]}
     graph = build(circle, 3)
@@ -267,6 +281,8 @@ def test_graphs_that_cannot_be_are_refused_with_the_reason(kind: Any, size: int,
         {"kind": "edges", "edges": [{"ends": [0, 1], "link": "100"}]},
         {"kind": "edges", "edges": [{"ends": [0, 1], "latency": "20"}]},
         {"kind": "edges", "edges": [{"ends": [0, 1], "weight": 0}]},
+        {"kind": "auto", "link": "fast"},
+        {"kind": "auto", "latency": "20"},
     ],
 )
 def test_settings_that_mean_nothing_are_refused(given: Any) -> None:

@@ -10,6 +10,7 @@ from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.algorithm import Parts
 from thinwire.comm.gossip.budget import BudgetSettings
 from thinwire.comm.gossip.graphs import build_graph
+from thinwire.comm.gossip.graphs.auto import AutoSettings
 from thinwire.comm.gossip.graphs.choose import choose_graph
 from thinwire.comm.gossip.graphs.links import Links
 from thinwire.comm.gossip.mixing import Graph
@@ -50,9 +51,15 @@ def make_plan(
         ValueError: graph, algorithm and schedule do not fit together, or not so many machines or steps.
     """
     why = ""
-    if settings.graph == "auto":
+    if isinstance(settings.graph, AutoSettings):
         algorithm = settings.algorithm
-        choice = choose_graph(size, 4 * numel, links, static=algorithm.static_graph, own_pace=not algorithm.in_rounds)
+        choice = choose_graph(
+            size,
+            4 * numel,
+            settings.graph.links() or links,
+            static=algorithm.static_graph,
+            own_pace=not algorithm.in_rounds,
+        )
         graph, why = build_graph(choice.settings, size, settings.seed), f" ({choice.reason})"
     else:
         graph = build_graph(settings.graph, size, settings.seed)

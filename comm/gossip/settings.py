@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from pydantic import Field
 
 from thinwire.comm.gossip.algorithms import AnyAlgorithm
 from thinwire.comm.gossip.algorithms.dpsgd import DPSGDSettings
 from thinwire.comm.gossip.graphs import GraphSettings
+from thinwire.comm.gossip.graphs.auto import AutoSettings
 from thinwire.comm.gossip.optimizer_state import OptimizerStatePolicy
 from thinwire.comm.gossip.schedule import EverySettings, GossipScheduleSettings
 from thinwire.comm.settings import Settings
-
-GraphOrAuto: TypeAlias = Literal["auto"] | GraphSettings
 
 
 class GossipSettings(Settings):
@@ -32,7 +31,7 @@ class GossipSettings(Settings):
     """
 
     kind: Literal["gossip"] = "gossip"
-    graph: GraphOrAuto = "auto"
+    graph: GraphSettings = AutoSettings()
     algorithm: AnyAlgorithm = DPSGDSettings()
     schedule: GossipScheduleSettings = EverySettings()
     statistics: Literal["local", "mix", "recalibrate"] = "mix"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeAlias
 
 from pydantic import BeforeValidator, Field
 
+from thinwire.comm.gossip.graphs.auto import AutoSettings
 from thinwire.comm.gossip.graphs.base_k import BaseKSettings
 from thinwire.comm.gossip.graphs.checks import check_graph, check_stochastic
 from thinwire.comm.gossip.graphs.edges import EdgesSettings
@@ -54,8 +55,8 @@ def from_name(given: Any) -> Any:
     return {"kind": given} if isinstance(given, str) else given
 
 
-GraphSettings: TypeAlias = Annotated[EachGraph, Field(discriminator="kind"), BeforeValidator(from_name)]
-"""Settings of any graph, by `kind`; a string is the kind with its defaults."""
+GraphSettings: TypeAlias = Annotated[EachGraph | AutoSettings, Field(discriminator="kind"), BeforeValidator(from_name)]
+"""Settings of any graph, or of auto, by `kind`; a string is the kind with its defaults."""
 
 
 def build_graph(settings: EachGraph, size: int, seed: int) -> Graph:

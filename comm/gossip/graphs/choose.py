@@ -10,14 +10,11 @@ from thinwire.comm.gossip.graphs import EachGraph, build_graph
 from thinwire.comm.gossip.graphs.base_k import BaseKSettings
 from thinwire.comm.gossip.graphs.consensus import round_s, rounds_to_consensus, seconds_to_consensus
 from thinwire.comm.gossip.graphs.exponential import ExponentialSettings, OnePeerExponentialSettings
-from thinwire.comm.gossip.graphs.links import Link, Links
+from thinwire.comm.gossip.graphs.links import ASSUMED, Links
 from thinwire.comm.gossip.graphs.regular import CompleteSettings, HypercubeSettings, RingSettings, TorusSettings
 from thinwire.comm.gossip.graphs.spectrum import Resistance, meeting_rates
 from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.units import format_bytes, format_rate
-
-ASSUMED = Link(bps=1e9, latency_s=1e-3)
-"""What is taken for every link where nothing was measured."""
 
 _FACTOR = 1e-3
 _MOST_MESSAGES = 64  # to and from one machine in a round of a graph that is considered

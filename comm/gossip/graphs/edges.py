@@ -18,6 +18,11 @@ from thinwire.comm.settings import Settings
 from thinwire.comm.units import parse_delay, parse_rate
 
 
+def _as_tuple(given: Any) -> Any:
+    """A list as YAML has it: pydantic's strict mode, in which configurations are read, tells them apart."""
+    return tuple(given) if isinstance(given, list) else given
+
+
 class EdgeSettings(Settings):
     """`{ends: [1, 2], link: 100mbit, latency: 20ms, weight: 0.25}`, or `[1, 2]` alone.
 
@@ -26,7 +31,7 @@ class EdgeSettings(Settings):
     weight: what each end gives to what comes from the other; directed, the share of its mass that the sender sends.
     """
 
-    ends: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]]
+    ends: Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], BeforeValidator(_as_tuple)]
     link: str | None = None
     latency: str | None = None
     weight: float | None = Field(None, gt=0, le=1)
@@ -75,7 +80,7 @@ class EdgesSettings(Settings):
     """
 
     kind: Literal["edges"] = "edges"
-    edges: tuple[Annotated[EdgeSettings, BeforeValidator(_from_pair)], ...]
+    edges: Annotated[tuple[Annotated[EdgeSettings, BeforeValidator(_from_pair)], ...], BeforeValidator(_as_tuple)]
     directed: bool = False
     weights: Literal["auto", "metropolis", "max_degree", "uniform", "given"] = "auto"
     stochastic: Literal["auto", "doubly", "column"] = "auto"

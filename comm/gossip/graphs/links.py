@@ -26,6 +26,10 @@ class Link:
         return 8 * payload_bytes / self.bps + self.latency_s
 
 
+ASSUMED = Link(bps=1e9, latency_s=1e-3)
+"""What is taken for a link of which nothing is known."""
+
+
 @dataclass(frozen=True)
 class Links:
     """The link between any two machines.
