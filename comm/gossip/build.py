@@ -97,10 +97,11 @@ def build_agent(plan: Plan, replica: Replica, port: Port) -> Agent:
 def _check(settings: GossipSettings, graph: Graph) -> None:
     algorithm, schedule = settings.algorithm, settings.schedule
     sparse = not (isinstance(schedule, EverySettings) and schedule.steps == 1)
-    if not algorithm.uses_graph and (settings.graph != GossipSettings.model_fields["graph"].default or schedule != EverySettings()):
+    named = settings.graph != GossipSettings.model_fields["graph"].default or schedule != EverySettings()
+    if named and not algorithm.uses_graph:
         raise ValueError(
-            f"method.algorithm: {algorithm.kind} draws by itself which machines exchange, and when; leave method.graph and "
-            "method.schedule out, or give another algorithm, such as dpsgd"
+            f"method.algorithm: {algorithm.kind} draws by itself which machines exchange, and when; leave method.graph "
+            "and method.schedule out, or give another algorithm, such as dpsgd"
         )
     if algorithm.every_step and sparse:
         raise ValueError(
