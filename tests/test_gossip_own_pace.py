@@ -203,9 +203,9 @@ def test_who_was_asked_and_came_back_as_another_is_asked_again() -> None:
     simulation = Simulation(2)
     swaps = Swaps(simulation.ports[0], Plain(), asks=1, deadline_s=1.0)
     value = torch.ones(SIZE, dtype=torch.float64)
-    simulation.ports[0].inbox.put(1, Message(Kind.SWAP_ANSWER, 7, 1.0))
     swaps.ask(1, value)
-    assert swaps.take_answer(value) is None  # of an earlier ask
+    simulation.ports[0].inbox.put(1, Message(Kind.SWAP_ANSWER, 7, 1.0))
+    assert swaps.take_answer(value) is None  # to an ask of long ago
     assert swaps.can_ask([1]) == []
     simulation.kill(1)
     simulation.revive(1)

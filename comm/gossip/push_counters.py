@@ -15,17 +15,15 @@ from thinwire.comm.gossip.port import Port
 from thinwire.comm.gossip.push_sum import Parcel, PushMixer
 from thinwire.comm.wire import PayloadError
 
-_HEADER_BYTES = 8  # the round in which the sum began: int64, little-endian
-
 
 @dataclass(frozen=True, eq=False)
 class _Sum:
     """All that one machine has given another.
 
-    since: the round of its first message; round: of its newest. vector: fp64; mass.
+    generation: of the other machine; another in its place begins anew. round: of its newest message. vector: fp64.
     """
 
-    since: int
+    generation: int
     round: int
     vector: Tensor
     mass: float
@@ -41,8 +39,7 @@ class HealingPushMixer(PushMixer):
 
     so a lost parcel comes with the next message on its edge; until then it is on the wire. Sums are fp64 and cross the
     wire as such, twice the bytes of fp32: they grow with the rounds, and fp32 would round away more and more of each
-    parcel. Both ends begin anew for a machine that is lost; of one that came back before it was found to be lost, the
-    first parcel is lost.
+    parcel. Both ends begin anew with a machine that does.
 
     Memory: 8 bytes per element, target and source.
 
@@ -53,64 +50,64 @@ class HealingPushMixer(PushMixer):
         super().__init__(port, Plain(), deadline_s=deadline_s, stream=stream)
         self._given: dict[int, _Sum] = {}
         self._seen: dict[int, _Sum] = {}
-        self._first: int | None = None  # round of this machine
 
     def sent_bytes(self, mixing: Mixing, numel: int, itemsize: int) -> dict[int, int]:
         """As Mixer says."""
-        return {rank: _HEADER_BYTES + 8 * numel for rank in mixing.targets(self._port.rank)}
+        return {rank: 8 * numel for rank in mixing.targets(self._port.rank)}
 
     def state_dict(self) -> dict[str, Any]:
         """The mass and the sums."""
         sums = {"given": self._given, "seen": self._seen}
         packed = {
-            name: {str(rank): [s.since, s.round, s.vector.clone(), s.mass] for rank, s in by_rank.items()}
+            name: {str(rank): [s.round, s.vector.clone(), s.mass] for rank, s in by_rank.items()}
             for name, by_rank in sums.items()
         }
-        return {**super().state_dict(), **packed, "first": self._first}
+        return {**super().state_dict(), **packed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """As Mixer says."""
         super().load_state_dict(state)
         self._given, self._seen = (
-            {int(rank): _Sum(since, round, vector.clone(), mass) for rank, (since, round, vector, mass) in sums.items()}
+            {
+                int(rank): _Sum(self._port.generation(int(rank)), round, vector.clone(), mass)
+                for rank, (round, vector, mass) in sums.items()
+            }
             for sums in (state["given"], state["seen"])
         )
-        self._first = state["first"]
 
     def _push(self, round: int, targets: dict[int, float], value: Tensor) -> tuple[Tensor, Parcel]:
-        if self._first is None:
-            self._first = round
         public = value.clone()
         exact = public.to(torch.float64)
         kept, kept_mass = exact * self._mass, self._mass
-        for gone in self._port.lost() & self._given.keys():
-            del self._given[gone]
         for to, weight in targets.items():
-            old = self._given.get(to) or _Sum(round, round, torch.zeros_like(exact), 0.0)
+            old = self._known(self._given, to) or _Sum(self._port.generation(to), round, torch.zeros_like(exact), 0.0)
             given = weight * self._mass
-            new = _Sum(old.since, round, old.vector + exact * given, old.mass + given)
+            new = _Sum(old.generation, round, old.vector + exact * given, old.mass + given)
             kept -= new.vector - old.vector
             kept_mass -= new.mass - old.mass
             self._given[to] = new
-            header = torch.tensor([new.since]).view(torch.uint8)
-            payload = torch.cat((header, new.vector.cpu().view(torch.uint8)))
+            payload = new.vector.cpu().view(torch.uint8)
             self._port.send(to, Message(Kind.PUSH, round, new.mass, self._stream, 0, payload))
         return public, Parcel(kept, 1.0, kept_mass)
 
     def _open(self, source: int, message: Message, like: Tensor) -> Parcel | None:
-        expected = _HEADER_BYTES + 8 * like.numel()
+        expected = 8 * like.numel()
         if len(message.payload) != expected:
             raise PayloadError(f"a sum of {like.numel()} elements takes {expected} bytes, not {len(message.payload)}")
-        since = int(message.payload[:_HEADER_BYTES].clone().view(torch.int64))
-        if not 0 <= since <= message.round:
-            raise PayloadError(f"a sum of round {message.round} that began in round {since}")
-        vector = message.payload[_HEADER_BYTES:].clone().view(torch.float64).to(like.device)
-        new, old = _Sum(since, message.round, vector, message.mass), self._seen.get(source)
-        known = old is not None and old.since == since
-        if old is not None and known and old.round >= new.round:
+        vector = message.payload.view(torch.float64).to(like.device)
+        new, old = (
+            _Sum(self._port.generation(source), message.round, vector, message.mass),
+            self._known(self._seen, source),
+        )
+        if old is None:
+            self._seen[source] = new
+            return Parcel(new.vector, 1.0, new.mass)
+        if old.round >= new.round:
             return None  # overtaken by a newer one, which had all of this
         self._seen[source] = new
-        if old is not None and known:
-            return Parcel(new.vector - old.vector, 1.0, new.mass - old.mass)
-        meant_for_another = self._first is not None and since < self._first
-        return None if meant_for_another else Parcel(new.vector, 1.0, new.mass)
+        return Parcel(new.vector - old.vector, 1.0, new.mass - old.mass)
+
+    def _known(self, sums: dict[int, _Sum], rank: int) -> _Sum | None:
+        """The sum of the machine that now is in this place."""
+        found = sums.get(rank)
+        return found if found is not None and found.generation == self._port.generation(rank) else None

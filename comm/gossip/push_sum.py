@@ -39,15 +39,15 @@ class Parcel:
 class _Begun:
     """A round under way.
 
-    public: what was sent; mass: this machine's, when it was. kept: what it did not give away. sources: who may send
-    in this round.
+    public: what was sent; mass: this machine's, when it was. kept: what it did not give away. sources: who sends in
+    this round, each with its generation: another in its place does not.
     """
 
     round: int
     public: Tensor
     mass: float
     kept: Parcel
-    sources: tuple[int, ...]
+    sources: dict[int, int]
     until: float
 
 
@@ -70,7 +70,7 @@ class PushMixer:
         self._deadline_s = deadline_s
         self._stream = stream
         self._begun: _Begun | None = None
-        self._owed: dict[int, int] = {}  # by machine: the newest round that it has not sent in, though it should have
+        self._owed: dict[int, _Begun] = {}  # by machine: the newest round that it has not sent in, though it should
         self._public: Tensor | None = None  # of the round before
         self._mass = 1.0
         self._late = 0
@@ -104,16 +104,18 @@ class PushMixer:
         refuse_non_finite(self._port, value, round, targets, Kind.PUSH, self._stream)
         public, kept = self._push(round, targets, value)
         until = self._port.now() + self._deadline_s
-        self._begun = _Begun(round, public, self._mass, kept, tuple(mixing.sources(rank)), until)
+        sources = {source: self._port.generation(source) for source in mixing.sources(rank)}
+        self._begun = _Begun(round, public, self._mass, kept, sources, until)
         return public
 
     def finish(self) -> Script[Mixed]:
         """As Mixer says."""
         now = self._begun
         assert now is not None
-        yield Wait(lambda: all(self._has_come(rank, now.round) for rank in now.sources), now.until)
+        yield Wait(lambda: all(self._has_come(rank, now) for rank in now.sources), now.until)
         parcels = self._absorb(now.round, now.public)
-        self._owed.update((rank, now.round) for rank in now.sources if not self._has_come(rank, now.round))
+        self._owed = {rank: begun for rank, begun in self._owed.items() if not self._has_come(rank, begun)}
+        self._owed.update((rank, now) for rank in now.sources if not self._has_come(rank, now))
         self._begun = None
         self._public = now.public
         return self._mix(now, parcels)
@@ -122,7 +124,7 @@ class PushMixer:
         """As Mixer says. Nothing may be under way."""
         assert self._begun is None
         until = self._port.now() + self._deadline_s
-        yield Wait(lambda: all(self._has_come(rank, round) for rank, round in self._owed.items()), until)
+        yield Wait(lambda: all(self._has_come(rank, begun) for rank, begun in self._owed.items()), until)
         if self._public is None:
             return None
         newest = max((self._port.newest(rank, Kind.PUSH, self._stream) for rank in range(self._port.size)), default=-1)
@@ -130,7 +132,7 @@ class PushMixer:
         if not parcels:
             return None
         kept = Parcel(self._public, self._mass, self._mass)
-        return self._mix(_Begun(newest, self._public, self._mass, kept, (), until), parcels)
+        return self._mix(_Begun(newest, self._public, self._mass, kept, {}, until), parcels)
 
     def sent_bytes(self, mixing: Mixing, numel: int, itemsize: int) -> dict[int, int]:
         """As Mixer says."""
@@ -142,7 +144,7 @@ class PushMixer:
 
         `absent`, messages of machines whose vector was not finite: they give nothing.
         """
-        owed = sum(not self._has_come(rank, round) for rank, round in self._owed.items())
+        owed = sum(not self._has_come(rank, begun) for rank, begun in self._owed.items())
         return {
             "mass": self._mass,
             "late": float(self._late),
@@ -176,8 +178,11 @@ class PushMixer:
         """What a message brings."""
         return Parcel(self._codec.decode(source, message.round, message.payload, like), message.mass, message.mass)
 
-    def _has_come(self, rank: int, round: int) -> bool:
-        return self._port.newest(rank, Kind.PUSH, self._stream) >= round or rank in self._port.lost()
+    def _has_come(self, rank: int, begun: _Begun) -> bool:
+        """Whether nothing more is to be waited for."""
+        if rank in self._port.lost() or self._port.generation(rank) != begun.sources[rank]:
+            return True
+        return self._port.newest(rank, Kind.PUSH, self._stream) >= begun.round
 
     def _absorb(self, round: int, like: Tensor) -> list[Parcel]:
         """Everything that has arrived of rounds up to this one: of this round first, by rank."""

@@ -55,13 +55,13 @@ class Swap:
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """An ask under way. heard: the newest answer of the other by then, which is less if another took its place."""
+    """An ask under way. generation: of the machine that was asked; another in its place will not answer."""
 
     number: int
     mine: Tensor
     mass: float
     overdue_at: float
-    heard: int
+    generation: int
 
 
 class Swaps:
@@ -100,15 +100,16 @@ class Swaps:
         assert rank not in self._under_way
         self._number += 1
         payload, mine = self._codec.encode(self._number, value)
-        heard = self._port.newest(rank, Kind.SWAP_ANSWER, self._stream)
         overdue_at = self._port.now() + self._deadline_s
-        self._under_way[rank] = _Asked(self._number, mine, self.mass, overdue_at, heard)
+        generation = self._port.generation(rank)
+        self._under_way[rank] = _Asked(self._number, mine, self.mass, overdue_at, generation)
         self._port.send(rank, Message(Kind.SWAP_ASK, self._number, self.mass, self._stream, 0, payload))
 
     def take_answer(self, like: Tensor) -> Swap | None:
         """The oldest answer that has come."""
         for rank in self._port.waiting(Kind.SWAP_ANSWER, self._stream):
             message = self._port.take(rank, Kind.SWAP_ANSWER, self._stream)
+            self._forget_the_lost()
             asked = self._under_way.get(rank)
             if asked is not None and asked.number == message.round:  # and not the answer to an earlier run's
                 theirs = self._read(rank, message, like)
@@ -158,6 +159,5 @@ class Swaps:
     def _forget_the_lost(self) -> None:
         lost = self._port.lost()
         for rank, asked in list(self._under_way.items()):
-            begun_anew = self._port.newest(rank, Kind.SWAP_ANSWER, self._stream) < asked.heard
-            if rank in lost or begun_anew:
+            if rank in lost or self._port.generation(rank) != asked.generation:
                 del self._under_way[rank]
