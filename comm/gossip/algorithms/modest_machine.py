@@ -74,7 +74,9 @@ class ModestMachine:
         self._called = 0  # the last meeting that it has come to
         self._heard_s = 0.0
 
-        self._forget()
+        self._models: dict[int, dict[int, Tensor]] = {}  # to average, by round and sender
+        self._used: set[int] = set()  # rounds in which somebody has used what this machine trained
+        self._forwarding = -1  # the round whose model is being forwarded
         self._counts = {"trained": 0, "averaged": 0, "resent": 0, "rescued": 0}
 
     def before_step(self, turn: Turn) -> Script[None]:
@@ -390,7 +392,7 @@ class ModestMachine:
     def _forget(self) -> None:
         """Drop what is under way."""
         self._strands.cancel()
-        self._models: dict[int, dict[int, Tensor]] = {}  # by round and sender
         self._roll.forget()
-        self._used: set[int] = set()
+        self._models.clear()
+        self._used.clear()
         self._forwarding = -1
