@@ -22,11 +22,7 @@ def check_same_weights(tensors: Mapping[str, Tensor], queue: CommQueue, *, metho
     Raises:
         ValueError: names the ranks that differ from the first.
     """
-    digest = hashlib.blake2b(place.encode(), digest_size=8)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    mine = torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64)
+    mine = torch.frombuffer(bytearray(weights_digest(tensors, place)), dtype=torch.int64)
     told = queue.submit("control/weights", lambda channel: channel.all_gather_same(mine)).wait().flatten().tolist()
     if odd := [queue.peers[rank] for rank, other in enumerate(told) if other != told[0]]:
         raise ValueError(
@@ -34,3 +30,12 @@ def check_same_weights(tensors: Mapping[str, Tensor], queue: CommQueue, *, metho
             f"{queue.peers[0]}, and method {method} would never make them equal; build the model from the same seed on "
             "every rank, and load what each rank has saved into it after this call"
         )
+
+
+def weights_digest(tensors: Mapping[str, Tensor], place: str = "") -> bytes:
+    """8 bytes that are equal where names, shapes, dtypes and values are."""
+    digest = hashlib.blake2b(place.encode(), digest_size=8)
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -68,23 +68,28 @@ class GossipState:
         """Optimizer steps that this machine has taken."""
         return self._method.step
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment. All machines call it; where one is lost, none is written."""
+    def save(self) -> frozenset[int]:
+        """Write a checkpoint of this moment. All machines call it; where one is lost, none is written.
+
+        Returns: the lost ones.
+        """
         own = {
             "method": self._method.state_dict(),
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "random": self._random_state(),
         }
-        if self._world.size > 1 and self._method.lost:
+        lost = self._method.lost
+        if self._world.size > 1 and lost:
             _log.warning(
                 "checkpoint: none is written after step %d, since machines %s are lost and all ranks of a job write "
                 "together; start the job anew to go on from the last one, with as many ranks as there are",
                 self.step,
-                sorted(self._method.lost),
+                sorted(lost),
             )
-            return
+            return lost
         self._checkpoints.save(self._common_step(), {}, own, self._facts)
+        return lost
 
     def _common_step(self) -> int:
         """The most steps that any machine has taken: the checkpoint's name, the same on all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ class GossipTrainer:
         config: the run; its method is GossipRunSettings.
         world: this process's place in the job.
         stop: asks for an orderly end.
-    Attributes: lost, machines that were gone when the run had ended here.
+    Attributes: lost, machines that were gone at the last checkpoint; others leave in peace once they have written it.
     Raises:
         ValueError: a setting does not fit this world, this model or this text.
         PreflightError: the ranks do not have the same.
@@ -86,6 +87,9 @@ class GossipTrainer:
             self.state = GossipState(
                 self.model, self.optimizer, self.method, world, config.folder, config.checkpoint, facts
             )
+            if machines is not None:
+                common = {path: value for path, value in facts.items() if not path.startswith("method.machines.")}
+                self.state.resumed = self.method.begin({"settings": json.dumps(common)}) or self.state.resumed
         except BaseException:
             self.method.remove()
             raise
@@ -123,7 +127,6 @@ class GossipTrainer:
         try:
             return self._run(sinks, time.monotonic() - seconds_before)
         finally:
-            self.lost = self.method.lost
             self.method.remove()
 
     def _run(self, sinks: Sequence[Sink], began: float) -> Outcome:
@@ -149,7 +152,7 @@ class GossipTrainer:
                 saved = state.step
                 self._traffic.since_last()  # what this sent belongs to no step
         if saved != state.step:
-            state.save()
+            self.lost = state.save()
         return Outcome(state.step, method.stopped_by, self._last)
 
     def _train_step(self) -> Record:

@@ -10,6 +10,7 @@ from torch import Tensor
 from thinwire.comm.errors import OwnWeightsError
 from thinwire.comm.gossip.algorithm import Algorithm, HasCompanion, KeepsStep
 from thinwire.comm.gossip.barrier import barrier
+from thinwire.comm.gossip.begin import tell_newcomers
 from thinwire.comm.gossip.join import Entry, answer_joins, enter
 from thinwire.comm.gossip.merge import Merged, average_all, average_bytes
 from thinwire.comm.gossip.message import MEETING_STREAM, Kind, Message
@@ -122,6 +123,7 @@ class Agent:
         else:
             yield from self._meet_when_called()
         self._probe()
+        tell_newcomers(self.port, self.step)
         yield from answer_joins(
             self.port,
             self.replica,

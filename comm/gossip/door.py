@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 from thinwire.comm.gossip.algorithms import AnyAlgorithm
 from thinwire.comm.gossip.build import Plan, build_agent, make_plan
 from thinwire.comm.gossip.graphs import EachGraph
+from thinwire.comm.gossip.graphs.auto import AutoSettings
 from thinwire.comm.gossip.graphs.probe import probe_links
 from thinwire.comm.gossip.handle import Gossip
 from thinwire.comm.gossip.machine import Machine, examine
@@ -140,7 +141,8 @@ def enter(
     if post is None:
         queue = queue or open_queue(group, timeout_s=timeout_s)
         # Of a sharded machine all ranks must choose alike, and would not all measure the same.
-        probed = settings.graph == "auto" and machine.group is None
+        probed = isinstance(settings.graph, AutoSettings) and not settings.graph.links() and machine.group is None
+        probed = probed and settings.algorithm.uses_graph
         links = probe_links(queue, machine.replica.device) if probed else None
         plan = make_plan(settings, queue.size, steps=steps, numel=numel, links=links)
         if settings.algorithm.equal_start:
@@ -163,6 +165,7 @@ def enter(
         machine,
         optimizer_state=OptimizerState(optimizer, settings.optimizer_state, list(machine.parameters.values())),
         algorithm=settings.algorithm.kind,
+        meet_deadline_s=settings.meet_deadline_s,
         level_of=lambda rank: meter.level_of(peers[rank]),
         graph=plan.graph.name,
         text=describe(plan),
@@ -182,6 +185,8 @@ def _recalibration(
 def describe(plan: Plan) -> str:
     """Lines for the start of a run: graph, algorithm, schedule."""
     settings = plan.settings
+    if not settings.algorithm.uses_graph:
+        return f"{settings.algorithm.kind}, which draws by itself who trains and who averages"
     return f"{plan.graph.name}, {settings.algorithm.kind}, schedule {settings.schedule.kind}{plan.why}"
 
 
@@ -191,6 +196,13 @@ def _check(settings: GossipSettings, optimizer: Optimizer, machine: Machine, giv
         raise ValueError(
             f"optimizer: {type(optimizer).__name__}, but method.algorithm: {algorithm.kind} corrects the step of "
             "torch.optim.SGD; use that, or algorithm: dpsgd"
+        )
+    groups = optimizer.param_groups
+    if algorithm.needs_sgd and (len({group["lr"] for group in groups}) > 1 or any(g["dampening"] for g in groups)):
+        raise ValueError(
+            f"optimizer: parameter groups with learning rates {[group['lr'] for group in groups]} and dampening "
+            f"{[group['dampening'] for group in groups]}, but method.algorithm: {algorithm.kind} corrects steps of one "
+            "learning rate without dampening; make these the same, or use algorithm: dpsgd"
         )
     if machine.group is None:
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -11,11 +12,13 @@ import torch
 from torch.optim import Optimizer
 
 from thinwire.comm.gossip.agent import Agent
+from thinwire.comm.gossip.begin import begin
 from thinwire.comm.gossip.machine import Machine
 from thinwire.comm.gossip.optimizer_state import OptimizerState
 from thinwire.comm.gossip.port import Script
 from thinwire.comm.gossip.post.post import Post, drive
 from thinwire.comm.meter import TrafficMeter
+from thinwire.comm.same_weights import weights_digest
 
 T = TypeVar("T")
 
@@ -29,6 +32,7 @@ class Gossip:
         agent: this machine's part, on a Post.
         machine: the model of this machine, which may be several ranks.
         algorithm: its kind.
+        meet_deadline_s: how long this machine waits for others at the start.
         level_of: name of the level that joins this machine to another.
         graph: its name.
         text: what describe() says.
@@ -44,6 +48,7 @@ class Gossip:
         *,
         optimizer_state: OptimizerState,
         algorithm: str,
+        meet_deadline_s: float,
         level_of: Callable[[int], str],
         graph: str,
         text: str,
@@ -53,6 +58,7 @@ class Gossip:
         self._post = post
         self._machine = machine
         self._algorithm = algorithm
+        self._meet_deadline_s = meet_deadline_s
         self._level_of = level_of
         self._text = text
         self._graph = graph
@@ -139,6 +145,29 @@ class Gossip:
         merged = self._run(self._agent.average())
         with self._machine.replica.holding(merged.value), self._recalibrated():
             yield
+
+    def begin(self, facts: Mapping[str, str]) -> str:
+        """Among machines without a launcher: begin with the others, or enter the run that is under way.
+
+        Call it once, after load_state_dict() if there is a checkpoint. A machine that enters has the weights of another
+        one and half of its share; its optimizer is the caller's business.
+
+        Args:
+            facts: what must be equal on all machines besides the weights, by name, such as settings and data.
+        Returns: what has happened, if it has entered, or "".
+        Raises:
+            ValueError: the machines begin with different facts or weights, or the algorithm is not one to enter.
+            PeerLostError: nobody has given this machine a share.
+        """
+        digests = {name: hashlib.blake2b(text.encode(), digest_size=8).digest() for name, text in facts.items()}
+        digests["weights"] = weights_digest(self._machine.tensors())
+        if self._run(begin(self._post, self._agent.step, digests, deadline_s=self._meet_deadline_s)):
+            return ""
+        entry = self._run(self._agent.enter())
+        return (
+            f"enters the run after {self._agent.step} steps with the weights of machine {entry.donor} and a share of "
+            f"{entry.mass:g} in the mean"
+        )
 
     def merge(self) -> None:
         """All machines take the mean of their weights, beside what the schedule says. Collective.
