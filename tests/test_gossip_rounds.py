@@ -20,6 +20,7 @@ from thinwire.comm.gossip.algorithms.noloco import NoLoCoSettings, pair_moments
 from thinwire.comm.gossip.algorithms.slowmo import SlowMoSettings
 from thinwire.comm.gossip.algorithms.variance_corrected import VarianceCorrectedSettings
 from thinwire.comm.gossip.graphs.random_graphs import MatchingSettings
+from thinwire.comm.gossip.mixer import summing_to_one
 
 RING = Always(ring(6))
 W = torch.from_numpy(ring(6).matrix())
@@ -302,3 +303,21 @@ def test_statistics_are_averaged_as_they_are(settings: AlgorithmSettings, moved:
         without.run(1)
         assert off(world.x[:, 3:], statistics) < 1e-14
         assert off(world.x[:, :3], without.x) < 1e-14
+
+
+def test_rounding_to_fp32_does_not_add_up() -> None:
+    """Neither of three weights of 1/3, which are more than 1 in fp32; nor in what D2 adds in every later step."""
+    for count in (2, 3, 6, 7):
+        weights = summing_to_one([1 / count] * count, 1, torch.float32)
+        assert weights == torch.tensor(weights, dtype=torch.float32).tolist()
+        assert sum(weights) == 1.0
+        assert max(weights) - min(weights) < 2e-6
+    start = list(3 + torch.randn(6, 1000, generator=torch.Generator().manual_seed(6)))
+    before = torch.stack(start).double().mean(0)
+    averaging = Quadratics(DPSGDSettings(), RING, lr=0.0, numel=1000, start=start, dtype=torch.float32)
+    averaging.run(60)
+    assert abs(float(averaging.x.double().mean() - before.mean())) < 1e-6
+    drawn = Quadratics(D2Settings(lazy=True), RING, lr=1e-3, numel=1000, start=start, dtype=torch.float32)
+    drawn.run(200)
+    gained = torch.stack([algorithm._gained for algorithm in drawn.algorithms]).double().mean(0)
+    assert float(gained.abs().max()) < 1e-7
