@@ -20,6 +20,7 @@ WHOLE_MACHINE = {
     "test_demo",
     "test_doctor",
     "test_faults",
+    "test_gossip_processes",
     "test_lab",
     "test_lab_links",
     "test_launchers",
