@@ -18,6 +18,7 @@ from thinwire.comm.gossip.algorithms.ad_psgd import ADPSGDSettings
 from thinwire.comm.gossip.algorithms.own_pace import OwnPace
 from thinwire.comm.gossip.barrier import barrier
 from thinwire.comm.gossip.codec import Plain
+from thinwire.comm.gossip.join import answer_joins, enter
 from thinwire.comm.gossip.message import Kind, Message
 from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.gossip.port import Script
@@ -117,6 +118,9 @@ def test_the_mean_is_exact_whatever_is_late(settings: Any, masses: Sequence[floa
     assert world.error() < 1e-14
     assert sum(algorithm.metrics()["swaps"] for algorithm in world.algorithms) > 100
     assert not any(algorithm.asked() for algorithm in world.algorithms)
+    for algorithm, port in zip(world.algorithms, world.simulation.ports, strict=True):
+        for to, count in algorithm._swaps.sent_bytes.items():
+            assert count == port.sent[to, Kind.SWAP_ASK] + port.sent[to, Kind.SWAP_ANSWER]
 
 
 def test_two_that_have_not_moved_become_the_same_to_the_bit() -> None:
@@ -285,6 +289,31 @@ def test_a_run_ends_with_the_first_and_merges_to_the_exact_mean(settings: Any) -
     for replica in world.replicas:
         assert torch.equal(replica.x, world.replicas[0].x)
     assert world.error() < 1e-14
+
+
+def test_a_machine_enters_with_half_the_mass_of_another() -> None:
+    world = World(ADPSGDSettings(), Always(ring(4)), Late(lambda *_: 0.3))
+    world.run(lambda rank: world.steps(rank, range(5)))
+    world.simulation.kill(2)
+    others = [0, 1, 3]
+    before, world.updates = world.total(others), torch.zeros_like(world.updates)
+    port, graph = world.simulation.revive(2), world.graph
+    world.replicas[2] = VectorReplica(torch.zeros(SIZE, dtype=torch.float64))
+    world.algorithms[2] = ADPSGDSettings().build(Parts(world.replicas[2], port, graph, 100.0, seed=3))
+
+    def script(rank: int) -> Script[None]:
+        if rank == 2:
+            entry = yield from enter(port, world.replicas[2], world.algorithms[2], deadline_s=50.0)
+            assert entry.mass == 0.5
+        for number in range(5, 15):
+            yield from world.step(rank, number)
+            ports = world.simulation.ports
+            yield from answer_joins(ports[rank], world.replicas[rank], world.algorithms[rank], step=number, meeting=0)
+        yield from world.cut(rank, 15)
+
+    world.run(script)
+    assert sum(algorithm.mass for algorithm in world.algorithms) == 3.0
+    torch.testing.assert_close(world.total(), before + world.updates, rtol=0, atol=1e-13)
 
 
 def test_refuses_masses_and_payloads_that_cannot_be(mutations: Callable[[Tensor], Iterator[Tensor]]) -> None:

@@ -7,6 +7,8 @@ Machine i asks with (s_i, m_i), its vector as j will read it and its mass; j ans
 which for unchanged z is the mean of both, weighted by mass, and whose sum is 0: j adds it when it answers, i when the
 answer has come, and neither what either has done meanwhile nor how long it takes moves sum m z. Masses do not change.
 
+This takes a port that loses nothing between two machines that live; over links that do, push_counters.py is exact.
+
 Nobody waits: an ask that has no answer yet keeps its machine from nothing but asking the same one again. Of a machine
 that is lost, asks are dropped on both sides, so it takes along what it held.
 """
@@ -71,7 +73,7 @@ class Swaps:
         codec: without a memory of its own, since partners change.
         asks: how many asks may be under way; those older than deadline_s do not count.
         stream: of the messages.
-    Attributes: mass, this machine's; made, exchanges so far.
+    Attributes: mass, this machine's; made, exchanges so far; sent_bytes, of payloads so far, by machine.
     """
 
     def __init__(self, port: Port, codec: Codec, *, asks: int, deadline_s: float, stream: int = 0) -> None:
@@ -85,6 +87,7 @@ class Swaps:
         self._number = 0
         self.mass = 1.0
         self.made = 0
+        self.sent_bytes: dict[int, int] = {}
 
     def can_ask(self, ranks: list[int]) -> list[int]:
         """Those of the machines that may be asked now."""
@@ -103,7 +106,7 @@ class Swaps:
         overdue_at = self._port.now() + self._deadline_s
         generation = self._port.generation(rank)
         self._under_way[rank] = _Asked(self._number, mine, self.mass, overdue_at, generation)
-        self._port.send(rank, Message(Kind.SWAP_ASK, self._number, self.mass, self._stream, 0, payload))
+        self._send(rank, Message(Kind.SWAP_ASK, self._number, self.mass, self._stream, 0, payload))
 
     def take_answer(self, like: Tensor) -> Swap | None:
         """The oldest answer that has come."""
@@ -130,7 +133,7 @@ class Swaps:
                 continue
             theirs = self._read(rank, message, value)
             payload, mine = self._codec.encode(message.round, value)
-            self._port.send(rank, Message(Kind.SWAP_ANSWER, message.round, self.mass, self._stream, 0, payload))
+            self._send(rank, Message(Kind.SWAP_ANSWER, message.round, self.mass, self._stream, 0, payload))
             return self._swap(rank, mine, theirs, self.mass, message.mass)
         return None
 
@@ -146,6 +149,10 @@ class Swaps:
     def forget(self) -> None:
         """Drop all asks under way, as where another state is taken."""
         self._under_way.clear()
+
+    def _send(self, rank: int, message: Message) -> None:
+        self._port.send(rank, message)
+        self.sent_bytes[rank] = self.sent_bytes.get(rank, 0) + len(message.payload)
 
     def _swap(self, rank: int, mine: Tensor, theirs: Tensor, mass: float, other: float) -> Swap:
         self.made += 1

@@ -183,7 +183,8 @@ class DADAO(OwnPace):
     def conserved(self) -> Tensor:
         """What of this machine sums to 0 over all, whenever each gets to its events."""
         c, (_, _, _, _, z, z_t) = self._constants, self._state
-        return (c.alpha_t * z + c.alpha * z_t) / (c.alpha_t + c.alpha)
+        conserved: Tensor = (c.alpha_t * z + c.alpha * z_t) / (c.alpha_t + c.alpha)
+        return conserved
 
     def state_dict(self) -> dict[str, Any]:
         """As Algorithm says."""

@@ -34,6 +34,7 @@ class OwnPace:
         self._swaps = swaps
         self._seed = seed
         self._deadline_s = deadline_s
+        self._sent_before: dict[int, int] = {}
         self._x: Tensor | None = None  # the weights, while they are worked on
 
     @property
@@ -51,6 +52,7 @@ class OwnPace:
 
     def after_step(self, turn: Turn) -> Script[None]:
         """As Algorithm says; it never waits."""
+        self._sent_before = dict(self._swaps.sent_bytes)
         self._begin_turn(turn)
         self._take_and_serve()
         if turn.mixing is not None:
@@ -84,8 +86,9 @@ class OwnPace:
             yield Wait(lambda: self._swaps.has_news() or self.asked() or not self._swaps.under_way(), until)
 
     def sent_bytes(self, turn: Turn) -> dict[int, int]:
-        """None that is known in advance: chance decides."""
-        return {}
+        """What was sent since the last turn began, answers included: chance decides, so none is known in advance."""
+        sent = {rank: count - self._sent_before.get(rank, 0) for rank, count in self._swaps.sent_bytes.items()}
+        return {rank: count for rank, count in sent.items() if count}
 
     def metrics(self) -> dict[str, float]:
         """`mass`; `swaps`, exchanges so far."""
