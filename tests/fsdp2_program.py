@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import fsdp2_gossip
 import pytest
 import torch
 import torch.distributed as dist
@@ -332,6 +333,7 @@ SCENARIOS: Sequence[Callable[[Place], None]] = (
     without_the_method_hosts_train_apart,
     what_cannot_work_is_refused,
     parameters_without_a_gradient_are_refused_or_count_as_zero,
+    *fsdp2_gossip.SCENARIOS,
 )
 
 
