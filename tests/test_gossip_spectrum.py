@@ -7,13 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
+from thinwire.comm.gossip.codec import Plain
 from thinwire.comm.gossip.graphs import GraphSettings, build_graph, thinned
 from thinwire.comm.gossip.graphs.consensus import round_s, rounds_to_consensus, seconds_to_consensus
 from thinwire.comm.gossip.graphs.links import Link, Links
 from thinwire.comm.gossip.graphs.spectrum import Resistance, chi_1, chi_2, meeting_rates, period_product, rho
+from thinwire.comm.gossip.mixer import SymmetricMixer
 from thinwire.comm.gossip.mixing import Graph
+from thinwire.comm.gossip.port import Script
+from thinwire.comm.gossip.simulated_network import HEADER_BYTES, Network, Trunk
+from thinwire.comm.gossip.simulation import Simulation
 
 READ: TypeAdapter[Any] = TypeAdapter(GraphSettings)
 GIGABIT = Links(Link(bps=1e9, latency_s=1e-3))
@@ -129,6 +136,36 @@ def test_seconds_are_those_of_the_slowest_machine() -> None:
     each_s = [round_s(thin.mixing(t), GIGABIT, megabyte) for t in range(rounds)]
     assert seconds_to_consensus(thin, GIGABIT, megabyte) == pytest.approx(sum(each_s))
     assert len({round(s, 9) for s in each_s}) > 1
+
+
+SLOW_LINK = {"kind": "edges", "edges": [[i, (i + 1) % 8] for i in range(8)]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "within"), [("matching", 10, 1e-9), ("base_k", 8, 1e-9), ("path", 5, 0.05), (SLOW_LINK, 8, 0.02)]
+)
+def test_machines_in_a_simulated_network_take_the_predicted_seconds(kind: Any, size: int, within: float) -> None:
+    """And then are as near to each other as predicted, with the mean that they began with."""
+    graph = build(kind, size)
+    slow = {(3, 4): Trunk(1e6, 0.05)} if kind is SLOW_LINK else {}
+    links = Links(Link(1e8, 5e-3), {pair: Link(trunk.rate_bps, trunk.delay_s) for pair, trunk in slow.items()})
+    rounds = rounds_to_consensus(graph)
+    assert rounds is not None
+    start = torch.randn(size, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    simulation = Simulation(size, Network(rate_bps=1e8, delay_s=5e-3, paths=slow))
+
+    def machine(rank: int) -> Script[Tensor]:
+        mixer, x = SymmetricMixer(simulation.ports[rank], Plain(), deadline_s=1e6), start[rank]
+        for round in range(rounds):
+            mixer.begin(round, graph.mixing(round), x)
+            x = (yield from mixer.finish()).average
+        return x
+
+    x = torch.stack(simulation.run([machine(rank) for rank in range(size)]))
+    predicted_s = seconds_to_consensus(graph, links, 8 * 500 + HEADER_BYTES)
+    assert simulation.now_s == pytest.approx(predicted_s, rel=within)
+    torch.testing.assert_close(x.mean(0), start.mean(0), rtol=0, atol=1e-12)
+    assert (x - x.mean(0)).norm() <= 1e-3 * (start - start.mean(0)).norm()
 
 
 @pytest.mark.parametrize(("bps", "latency_s"), [(0.0, 0.0), (math.nan, 0.0), (1e9, -1.0), (1e9, math.inf)])

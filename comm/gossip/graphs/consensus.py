@@ -44,7 +44,8 @@ def round_s(mixing: Mixing, links: Links, payload_bytes: float) -> float:
     """Seconds of one round: of its slowest machine, sending or receiving.
 
     A machine's own line is as fast as the fastest of its links, and what it sends to several shares it; a slower link
-    is a limit for what goes over it alone. To that comes the largest latency.
+    is a limit for what goes over it alone. To that comes the largest latency. Pairs take exactly this in a simulated
+    network; of several neighbours, the simulated lines are less well filled, and rings take up to a quarter longer.
     """
     slowest_s = 0.0
     for rank in range(mixing.size):
