@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gossip_posts import place_for, run_scripts
 from gossip_worlds import Always, Late, ring
 from pydantic import ValidationError
 from torch import Tensor
@@ -18,7 +19,7 @@ from thinwire.comm.gossip.algorithm import Parts
 from thinwire.comm.gossip.algorithms.modest import ModestSettings
 from thinwire.comm.gossip.algorithms.modest_machine import ModestMachine
 from thinwire.comm.gossip.algorithms.modest_view import View, decode_view, order_of
-from thinwire.comm.gossip.port import Script, Wait
+from thinwire.comm.gossip.port import Port, Script, Wait
 from thinwire.comm.gossip.replica import VectorReplica
 from thinwire.comm.gossip.simulation import Links, Simulation, pause
 from thinwire.comm.gossip.strands import Strands
@@ -206,6 +207,30 @@ def test_a_run_resumed_from_a_cut_is_the_run_that_went_on(cut: int) -> None:
         second.agents[rank].load_state_dict(first.cuts[rank][cut - 1][0])
     second.run()
     assert torch.equal(first.ends, second.ends)
+
+
+def test_over_tcp_it_gives_the_bits_of_the_simulation() -> None:
+    settings, graph = ModestSettings(sample=2, aggregators=2, success=1.0, local_steps=3), Always(ring(4))
+    b = torch.randn(4, 30, generator=torch.Generator().manual_seed(3))
+
+    def train(port: Port, replica: VectorReplica) -> Script[None]:
+        machine = settings.build(Parts(replica, port, graph, 1.0, 0, 18))
+        agent = Agent(replica, port, machine, NoExchanges(), steps=18, in_rounds=False, deadline_s=30.0)
+        while not agent.ended:
+            replica.x = replica.x - 0.1 * (replica.x - b[port.rank])
+            yield from agent.after_step()
+
+    def ends(ports: Sequence[Any], run: Callable[[list[Script[None]]], object]) -> Tensor:
+        replicas = [VectorReplica(torch.zeros(30)) for _ in ports]
+        run([train(port, replica) for port, replica in zip(ports, replicas, strict=True)])
+        return torch.stack([replica.x for replica in replicas])
+
+    simulation = Simulation(4)
+    with place_for(4) as place:
+        posts = place.enter_all()
+        over_tcp = ends(posts, lambda scripts: run_scripts(posts, scripts))
+    assert torch.equal(over_tcp, ends(simulation.ports, simulation.run))
+    assert bool((over_tcp == over_tcp[0]).all())
 
 
 def test_one_machine_alone_trains_as_if_there_were_no_gossip() -> None:
