@@ -11,6 +11,7 @@ from thinwire.comm.gossip.graphs.base_k import BaseKSettings
 from thinwire.comm.gossip.graphs.choose import choose_graph
 from thinwire.comm.gossip.graphs.links import Link, Links
 from thinwire.comm.gossip.graphs.probe import probe_links
+from thinwire.comm.gossip.graphs.random_graphs import ErdosRenyiSettings
 from thinwire.comm.gossip.graphs.regular import CompleteSettings
 
 WIDE = Links(Link(bps=1e8, latency_s=0.02))
@@ -49,6 +50,7 @@ def test_only_what_the_algorithm_allows_is_considered() -> None:
     assert kinds() == undirected | {"base_k"}
     assert kinds(static=True) == undirected
     assert kinds(directed=True) == undirected | {"base_k", "one_peer_exponential", "exponential"}
+    assert choose_graph(101, 10**6, WIDE, static=True, seed=3).settings == ErdosRenyiSettings()
     own_pace = choose_graph(16, 10**6, WIDE, own_pace=True)
     assert own_pace.settings == CompleteSettings()
     assert own_pace.candidates[0].rounds == 13  # 2 ln(1000) 15/16

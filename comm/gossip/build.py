@@ -57,6 +57,7 @@ def make_plan(
             size,
             4 * numel,
             settings.graph.links() or links,
+            seed=settings.seed,
             static=algorithm.static_graph,
             own_pace=not algorithm.in_rounds,
         )

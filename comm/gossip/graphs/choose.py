@@ -11,6 +11,7 @@ from thinwire.comm.gossip.graphs.base_k import BaseKSettings
 from thinwire.comm.gossip.graphs.consensus import round_s, rounds_to_consensus, seconds_to_consensus
 from thinwire.comm.gossip.graphs.exponential import ExponentialSettings, OnePeerExponentialSettings
 from thinwire.comm.gossip.graphs.links import ASSUMED, Links
+from thinwire.comm.gossip.graphs.random_graphs import ErdosRenyiSettings
 from thinwire.comm.gossip.graphs.regular import CompleteSettings, HypercubeSettings, RingSettings, TorusSettings
 from thinwire.comm.gossip.graphs.spectrum import Resistance, meeting_rates
 from thinwire.comm.gossip.mixing import Graph
@@ -74,6 +75,7 @@ def choose_graph(
     payload_bytes: int,
     links: Links | None = None,
     *,
+    seed: int = 0,
     directed: bool = False,
     static: bool = False,
     own_pace: bool = False,
@@ -90,6 +92,7 @@ def choose_graph(
     Args:
         payload_bytes: one machine's vector.
         links: as measured; None: 1 Gbit/s and 1 ms everywhere, and the reason says so.
+        seed: of graphs that are drawn, as build_graph() will be given it.
         directed: whether mass may be pushed, so that exponential graphs are possible.
         static: whether every round must have the same neighbours.
         own_pace: whether machines exchange in pairs, each at its own pace.
@@ -97,8 +100,8 @@ def choose_graph(
     known = links or Links(ASSUMED)
     given = f"for {format_bytes(payload_bytes)} each over {_describe(known)}" + ("" if links else " (assumed)")
     candidates = []
-    for settings in _possible(size, directed=directed, static=static or own_pace):
-        graph = build_graph(settings, size, 0)
+    for settings in _possible(size, directed=directed, static=static, own_pace=own_pace):
+        graph = build_graph(settings, size, seed)
         measured = _at_own_pace(graph, known, payload_bytes) if own_pace else _in_rounds(graph, known, payload_bytes)
         if measured is not None:
             candidates.append(Candidate(settings, _name(settings), *measured))
@@ -107,10 +110,10 @@ def choose_graph(
     return Choice(tuple(candidates), given, "exchange" if own_pace else "round")
 
 
-def _possible(size: int, *, directed: bool, static: bool) -> Iterator[EachGraph]:
+def _possible(size: int, *, directed: bool, static: bool, own_pace: bool) -> Iterator[EachGraph]:
     if size > 3:
         yield RingSettings()
-    if not static:
+    if not (static or own_pace):
         for k in range(1, min(5, max(2, size - 1))):
             yield BaseKSettings(k=k)
         if directed:
@@ -121,7 +124,9 @@ def _possible(size: int, *, directed: bool, static: bool) -> Iterator[EachGraph]
         yield HypercubeSettings()
     if directed:
         yield ExponentialSettings()
-    if size <= _MOST_MESSAGES + 1:
+    if size > 16:
+        yield ErdosRenyiSettings()
+    if own_pace or size <= _MOST_MESSAGES + 1:
         yield CompleteSettings()
 
 
