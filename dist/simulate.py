@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.build import Plan, build_agent, make_plan
+from thinwire.comm.gossip.door import describe
 from thinwire.comm.gossip.graphs.edges import EdgesSettings
 from thinwire.comm.gossip.graphs.links import Link, Links
 from thinwire.comm.gossip.machine import Machine, examine
@@ -163,15 +164,19 @@ class SimulatedRun:
             agent = build_agent(self.plan, parts.replica, self.simulation.ports[rank])
             state = OptimizerState(own, config.method.optimizer_state, list(parts.parameters.values()))
             agent.after_merge = state.merged
+            agent.before_merge = partial(self._keep_unmerged, rank)
             local = LocalStep(config, model, own, task.data, rank=rank, size=size, device=device)
             self.machines.append(SimulatedMachine(model, own, parts, agent, local))
         self._merged_model = task.model  # holds the mean when it is scored
         self._merged_replica = first.replica
         self._due: list[int] = []
+        self._unmerged: dict[int, Tensor] = {}  # weights before the last merge, of machines that are scored
+        self._unmerged_distance = math.nan
+        self._merging: set[int] = set()  # machines that have come to the merge at hand
 
     def describe(self) -> str:
         """What is simulated: task, method, network, memory."""
-        given, train, method = self.circumstances, self.config.train, self.plan.settings
+        given, train = self.circumstances, self.config.train
         weights = 4 * self.numel
         slowed = "".join(f", machine {rank} {factor:g} times slower" for rank, factor in sorted(given.slow.items()))
         killed = "".join(f", machine {rank} dies at {at_s:g} s" for rank, at_s in sorted(given.killed_s.items()))
@@ -180,8 +185,7 @@ class SimulatedRun:
                 f"{given.machines} machine{'s' * (given.machines > 1)} with {self.numel:,} weights each "
                 f"({format_bytes(weights)}); {self._data.describe()}",
                 f"{train.steps} steps of {train.global_batch // given.machines} sequences on each; "
-                f"method gossip: {self.plan.graph.name}, {method.algorithm.kind}, schedule {method.schedule.kind}"
-                f"{self.plan.why}",
+                f"method gossip: {describe(self.plan)}",
                 f"{1e3 * given.compute_s:g} ms of computing a step{slowed}{killed}; {self._lines()}",
             )
         )
@@ -202,7 +206,15 @@ class SimulatedRun:
                 at_s, partial(self.simulation.kill, rank, noticed_after_s=self.circumstances.lost_after_s)
             )
         self.simulation.run([self._train(rank, show) for rank in range(len(self.machines))])
-        return self.look()
+        view = self.look()
+        if not self.plan.schedule.turn(steps - 1).merge or not self._unmerged:
+            return view
+        scores = []
+        for rank in sorted(self._unmerged):
+            self._merged_replica.set_weights(self._unmerged[rank])
+            scores.append(self._scorer.score(self._merged_model))
+        unmerged = [score for score in scores if score is not None]
+        return replace(view, unmerged=unmerged, unmerged_distance=self._unmerged_distance)
 
     def look(self) -> View:
         """What the machines that are alive have now."""
@@ -266,6 +278,15 @@ class SimulatedRun:
         if count >= self._due[0]:
             self._due = [step for step in self._due if step > count]
             show(self.look())
+
+    def _keep_unmerged(self, rank: int) -> None:
+        """A machine is about to take the global average: look at what it gives up for it."""
+        alive = self.alive()
+        if not self._merging:  # the first of them
+            self._unmerged_distance, _ = distances([self._learned(other) for other in alive])
+        self._merging = (self._merging | {rank}) if len(self._merging) + 1 < len(alive) else set()
+        if rank in self._scored(alive):
+            self._unmerged[rank] = self.machines[rank].parts.replica.weights()
 
     def _learned(self, rank: int) -> Tensor:
         replica = self.machines[rank].parts.replica

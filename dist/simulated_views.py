@@ -24,7 +24,8 @@ class View:
 
     step, least_step: of the fastest machine and the slowest. seconds: virtual. loss: mean of the machines' last steps.
     rms_distance: sqrt((1/n) sum_i |x_i - mean|^2) over the parameters that learn; rms_norm: sqrt((1/n) sum |x_i|^2).
-    local: scores of some machines' own models; merged: of the mean's; None where nothing is to be scored.
+    local: scores of some machines' own models; merged: of the mean's; None where nothing is to be scored. unmerged,
+    unmerged_distance: local scores and rms_distance right before the merge that the run has ended with, if it has.
     sent_bytes: payload bytes by machine; kinds: by kind of message; edges: by (sender, receiver), but for control;
     messages: their number; exposed_s: virtual seconds of each machine in which it did not compute.
     """
@@ -43,6 +44,8 @@ class View:
     kinds: Mapping[str, int]
     messages: int
     exposed_s: Sequence[float]
+    unmerged: Sequence[Evaluation] = ()
+    unmerged_distance: float | None = None
 
     @property
     def local_loss(self) -> float:
@@ -66,6 +69,8 @@ class View:
             "kinds": dict(self.kinds),
             "messages": self.messages,
             "exposed_s": list(self.exposed_s),
+            "unmerged": [score.record() for score in self.unmerged],
+            "unmerged_distance": self.unmerged_distance,
         }
 
 

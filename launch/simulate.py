@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from thinwire.comm.units import format_bytes, parse_delay, parse_rate
 
 if TYPE_CHECKING:
+    from thinwire.dist.evaluate import Evaluation
     from thinwire.dist.simulate import Circumstances, SimulatedRun
     from thinwire.dist.simulated_views import View
 
@@ -113,7 +114,7 @@ def summary(run: SimulatedRun, view: View, given: Circumstances) -> str:
     waited = sum(exposed) / max(1e-12, sum(exposed) + sum(computed))
     lines = [
         f"took       {view.seconds:.3f} virtual seconds for {steps} on each of {view.alive} machines; "
-        f"{100 * waited:.0f} % of their time they waited for others (most: {max(exposed):.3f} s)",
+        f"{100 * waited:.0f} % of their time they did not compute (most: {max(exposed):.3f} s)",
         f"sent       {format_bytes(sum(sent) / len(sent))} by each machine (least {format_bytes(min(sent))}, most "
         f"{format_bytes(max(sent))}), {format_bytes(sum(sent) / len(sent) / max(1, view.step))} a step, in "
         f"{view.messages:,} messages" + _kinds(view),
@@ -130,11 +131,15 @@ def summary(run: SimulatedRun, view: View, given: Circumstances) -> str:
     lines.append(
         f"distance   {view.rms_distance:.4g} from their mean (root mean square), {_share(view)} of their weights' norm"
     )
+    if view.unmerged_distance is not None:
+        lines[-1] += f"; {view.unmerged_distance:.4g} before the merge at the end"
     if view.merged is not None:
-        losses = [score.loss for score in view.local]
+        local = view.unmerged or view.local
+        losses = [score.loss for score in local]
+        when = " before the merge" if view.unmerged else ""
         lines.append(
-            f"validation local {view.local_loss:.4f} (mean of {len(losses)} machines; best {min(losses):.4f}, worst "
-            f"{max(losses):.4f}), merged {view.merged.loss:.4f}" + _other(view)
+            f"validation local{when} {sum(losses) / len(losses):.4f} (mean of {len(losses)} machines; best "
+            f"{min(losses):.4f}, worst {max(losses):.4f}), merged {view.merged.loss:.4f}" + _other(view.merged, local)
         )
     return "\n".join(lines)
 
@@ -187,14 +192,13 @@ def _share(view: View) -> str:
     return f"{100 * view.rms_distance / view.rms_norm:.3g} %" if view.rms_norm else "all"
 
 
-def _other(view: View) -> str:
+def _other(merged: Evaluation, local: Sequence[Evaluation]) -> str:
     """Bits per byte, or the share of right answers."""
-    assert view.merged is not None
-    if not math.isnan(view.merged.bits_per_byte):
-        local = sum(score.bits_per_byte for score in view.local) / len(view.local)
-        return f" nats a token; bits per byte {local:.4f} and {view.merged.bits_per_byte:.4f}"
-    local = sum(score.accuracy for score in view.local) / len(view.local)
-    return f" nats; accuracy {local:.4f} and {view.merged.accuracy:.4f}"
+    if not math.isnan(merged.bits_per_byte):
+        own = sum(score.bits_per_byte for score in local) / len(local)
+        return f" nats a token; bits per byte {own:.4f} and {merged.bits_per_byte:.4f}"
+    own = sum(score.accuracy for score in local) / len(local)
+    return f" nats; accuracy {own:.4f} and {merged.accuracy:.4f}"
 
 
 def _is_ours(error: BaseException) -> bool:

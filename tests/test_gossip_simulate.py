@@ -121,6 +121,17 @@ def test_a_view_says_what_was_sent_and_how_far_apart_machines_are(tmp_path: Path
     assert json.loads(json.dumps(last.record()))["alive"] == 4
 
 
+def test_what_a_final_merge_gives_up_is_told(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"graph": "ring", "schedule": {"kind": "single_merge", "probability": 0.3}})
+    last = SimulatedRun(config, Circumstances(4)).run()
+    assert last.rms_distance == 0.0
+    assert last.merged is not None
+    assert [score.loss for score in last.local] == [last.merged.loss] * 4
+    assert last.unmerged_distance is not None
+    assert last.unmerged_distance > 0.01
+    assert len({score.loss for score in last.unmerged}) == 4
+
+
 def test_time_passes_as_computing_links_and_slow_machines_say(tmp_path: Path) -> None:
     """One machine of a ring of 4 is slow: the others wait for it at each step, and it for nobody."""
     config = config_of(tmp_path, {"graph": "ring"})
