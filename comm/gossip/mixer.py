@@ -37,7 +37,7 @@ class Mixed:
 
     sent: this machine's own public vector; average: (sum of the flows + mass_before sent) / mass_after. arrears: the
     sum of the flows that came late, each times the rounds that it did, over mass_after: for algorithms in which a flow
-    goes on acting in later rounds; None: there were none.
+    goes on acting in later rounds; None: there were none, or the mixer is not SymmetricMixer.
     """
 
     sent: Tensor
