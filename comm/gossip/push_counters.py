@@ -90,6 +90,9 @@ class HealingPushMixer(PushMixer):
             self._port.send(to, Message(Kind.PUSH, round, new.mass, self._stream, 0, payload))
         return public, Parcel(kept, 1.0, kept_mass)
 
+    def _all_of(self, public: Tensor) -> Parcel:
+        return Parcel(public.to(torch.float64) * self._mass, 1.0, self._mass)
+
     def _open(self, source: int, message: Message, like: Tensor) -> Parcel | None:
         expected = 8 * like.numel()
         if len(message.payload) != expected:

@@ -131,8 +131,7 @@ class PushMixer:
         parcels = self._absorb(newest, self._public)
         if not parcels:
             return None
-        kept = Parcel(self._public, self._mass, self._mass)
-        return self._mix(_Begun(newest, self._public, self._mass, kept, {}, until), parcels)
+        return self._mix(_Begun(newest, self._public, self._mass, self._all_of(self._public), {}, until), parcels)
 
     def sent_bytes(self, mixing: Mixing, numel: int, itemsize: int) -> dict[int, int]:
         """As Mixer says."""
@@ -173,6 +172,10 @@ class PushMixer:
             kept -= given
             self._port.send(to, Message(Kind.PUSH, round, given, self._stream, 0, payload))
         return public, Parcel(public, kept, kept)
+
+    def _all_of(self, public: Tensor) -> Parcel:
+        """What this machine has, where it gives nothing away."""
+        return Parcel(public, self._mass, self._mass)
 
     def _open(self, source: int, message: Message, like: Tensor) -> Parcel | None:
         """What a message brings."""
