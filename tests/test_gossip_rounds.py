@@ -34,7 +34,7 @@ def off(a: Tensor, b: Tensor) -> float:
 
 def test_gradient_tracking_finds_the_common_minimum_and_tracks_the_mean_gradient_at_every_step() -> None:
     world = Quadratics(GradientTrackingSettings(), RING, lr=0.2)
-    for _ in range(200):
+    for _ in range(150):
         world.run(1)
         tracked = torch.stack([algorithm._tracked for algorithm in world.algorithms])
         assert off(tracked.mean(0), world.gradients.mean(0)) < 1e-15
@@ -54,8 +54,8 @@ def test_gradient_tracking_is_its_formula() -> None:
 
 
 def test_gradient_tracking_over_pushed_mass_counts_all_machines_alike() -> None:
-    world = Quadratics(GradientTrackingSettings(), Always(digraph(5, 1)), lr=0.1)
-    for _ in range(400):
+    world = Quadratics(GradientTrackingSettings(), Always(digraph(5, 1)), lr=0.2)
+    for _ in range(160):
         world.run(1)
         tracked = torch.stack([algorithm._tracked for algorithm in world.algorithms])
         assert off((world.mass[:, None] * tracked).sum(0), world.gradients.sum(0)) < 1e-14
@@ -109,12 +109,12 @@ def test_lazy_mixing_is_half_way_to_none() -> None:
 def test_decentlam_has_the_fixed_point_of_no_momentum() -> None:
     lr, beta = 0.2, 0.6
     world = Quadratics(DecentLaMSettings(), RING, lr=lr, momentum=beta)
-    world.run(150)
+    world.run(110)
     without = torch.linalg.solve(EYE - (1 - lr) * W, lr * W @ world.b)
     assert off(world.x, without) < 1e-12
 
     usual = Quadratics(DPSGDSettings(), RING, lr=lr, momentum=beta)
-    usual.run(150)
+    usual.run(110)
     effective = lr / (1 - beta)
     assert off(usual.x, torch.linalg.solve(EYE - W + effective * W, effective * W @ world.b)) < 1e-12
     mean = world.b.mean(0)
@@ -318,6 +318,6 @@ def test_rounding_to_fp32_does_not_add_up() -> None:
     averaging.run(60)
     assert abs(float(averaging.x.double().mean() - before.mean())) < 1e-6
     drawn = Quadratics(D2Settings(lazy=True), RING, lr=1e-3, numel=1000, start=start, dtype=torch.float32)
-    drawn.run(200)
+    drawn.run(100)
     gained = torch.stack([algorithm._gained for algorithm in drawn.algorithms]).double().mean(0)
     assert float(gained.abs().max()) < 1e-7

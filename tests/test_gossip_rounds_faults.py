@@ -183,7 +183,7 @@ def test_the_others_go_on_when_a_machine_is_lost() -> None:
         world = Quadratics(settings, RING, momentum=0.5 if settings.needs_sgd else 0.0)
         world.run(5)
         world.kill(4)
-        world.run(60)
+        world.run(40)
         assert world.simulation.now_s == 0.0  # nobody waited
         assert off(world.x.mean(0), world.b[world.alive].mean(0)) < 0.05
         world.merge()

@@ -57,12 +57,11 @@ class DecentLaM(InRounds):
     the momentum m, less the flows that have not come.
 
     It needs the same W at every step, as the paper assumes: momentum goes on moving x along the edges of earlier
-    rounds, and where these change from round to round (one-peer graphs, matchings) that makes machines diverge; so it
-    does with beta from 0.8 on, whatever the learning rate.
-
-    Edges on which messages are late change too. On a ring of 8 with lr 0.1, what machines disagree in became up to 4
-    times as much with 3 % of all messages late and beta 0.9; it grew without end with 10 %, and at beta 0.8 with 30 %.
-    Give it a deadline that neighbours keep.
+    rounds. Where these changed from round to round (n = 8, one-peer exponential, hypercube one dimension at a time,
+    random pairs; lr 0.01, beta 0.8 to 0.99) machines diverged. Edges on which messages are late change too: on a ring
+    of 8 with lr 0.1 and beta 0.9 the machines' disagreement after 150 steps was up to 4 times as much with 3 % of all
+    messages late, 28 to 47 times with 10 %, and at beta 0.8 still 67 to 83 times with 30 %. Give it a deadline that
+    neighbours keep.
 
     At a learning rate of 0 (the first step of a warm-up) x <- W x, and the gradient is left alone. A parameter of 16
     bits has a gradient of 16 bits: its ghat is rounded to that, and the mean with it; give fp32 parameters.
