@@ -83,8 +83,11 @@ def real_machines(config: RunConfig, size: int) -> list[tuple[Tensor, int]]:
         ({"graph": "ring", "algorithm": {"kind": "dpsgd", "overlap": True, "wire": "bf16"}}, {}),
         ({"graph": "matching", "schedule": {"kind": "single_merge", "probability": 0.5}, "seed": 3}, {}),
         ({"graph": "ring", "algorithm": "gradient_tracking"}, {"optimizer": {"kind": "sgd", "lr": 0.1}}),
+        ({"graph": "one_peer_exponential", "algorithm": "sgp"}, {}),
+        ({"graph": "ring", "algorithm": "choco"}, {}),
+        ({"graph": "base_k", "algorithm": {"kind": "sparta", "density": 0.1}}, {}),
     ],
-    ids=["dpsgd", "overlap in bf16", "single merge", "gradient tracking"],
+    ids=["dpsgd", "overlap in bf16", "single merge", "gradient tracking", "sgp", "choco", "sparta"],
 )
 def test_simulated_and_real_machines_end_with_the_same_bits(
     tmp_path: Path, method: dict[str, Any], other: dict[str, Any]
@@ -119,6 +122,18 @@ def test_a_view_says_what_was_sent_and_how_far_apart_machines_are(tmp_path: Path
     assert last.merged is not None
     assert last.merged.loss < views[0].merged.loss
     assert json.loads(json.dumps(last.record()))["alive"] == 4
+
+
+def test_machines_at_their_own_pace_end_together_and_a_run_repeats(tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"graph": "ring", "algorithm": "acid"}, train={"steps": 10})
+    given = Circumstances(4, compute_s=0.1, delay_s=0.01, slow={2: 7.0})
+    runs = [SimulatedRun(config, given) for _ in range(2)]
+    first, second = (run.run() for run in runs)
+    assert (first.step, first.least_step) == (10, 2)  # the slow machine ends with the step that it is at
+    assert 1.0 < first.seconds < 1.5
+    assert first.record() == second.record()
+    for a, b in zip(runs[0].machines, runs[1].machines, strict=True):
+        assert torch.equal(a.parts.replica.weights(), b.parts.replica.weights())
 
 
 def test_what_a_final_merge_gives_up_is_told(tmp_path: Path) -> None:
