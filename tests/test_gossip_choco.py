@@ -27,18 +27,8 @@ from thinwire.comm.gossip.simulation import Simulation
 from thinwire.comm.gossip.turn import Turn
 from thinwire.comm.wire import PayloadError
 
-TORUS = Always(
-    mixing_of(
-        16,
-        {
-            tuple(sorted((4 * r + c, o)))
-            for r in range(4)
-            for c in range(4)
-            for o in (4 * r + (c + 1) % 4, 4 * ((r + 1) % 4) + c)
-        },
-        1 / 5,
-    )
-)
+SIDES = [((4 * r + c, 4 * r + (c + 1) % 4), (4 * r + c, 4 * ((r + 1) % 4) + c)) for r in range(4) for c in range(4)]
+TORUS = Always(mixing_of(16, [edge for pair in SIDES for edge in pair], 1 / 5))
 
 
 def normal(n: int, numel: int, seed: int = 0) -> Tensor:
@@ -66,15 +56,21 @@ def in_disorder(source: int, to: int, count: int) -> float:
     return 2.7 if (source * 5 + to * 3 + count) % 7 == 0 else 0.01
 
 
-@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize(
-    "compressor", [tw.TopK(density=0.05), tw.RandK(density=0.1, values="int8"), tw.Sign(block=64), "int4"]
+    ("compressor", "overlap"),
+    [
+        (tw.TopK(density=0.05), False),
+        (tw.TopK(density=0.05), True),
+        (tw.RandK(density=0.1, values="int8"), True),
+        (tw.Sign(block=64), False),
+        ("int4", True),
+    ],
 )
 def test_the_mean_is_exact_whatever_is_left_out_or_late(compressor: Any, overlap: bool) -> None:
     settings = ChocoSettings(compressor=compressor, gamma=0.2, overlap=overlap)
     world = Quadratics(settings, Always(ring(6)), lr=0.1, numel=100, links=Late(in_disorder))
     mean = world.x.mean(0)
-    for _ in range(30):
+    for _ in range(18):
         world.run(1)
         mean = mean - 0.1 * world.gradients.mean(0)
     settle(world)
@@ -86,7 +82,7 @@ def test_the_mean_is_exact_whatever_is_left_out_or_late(compressor: Any, overlap
 def test_the_mean_in_fp32_is_kept_to_a_millionth() -> None:
     start = normal(6, 500).float()
     world = consensus(ChocoSettings(compressor=tw.TopK(density=0.1)), Always(ring(6)), start)
-    world.run(40)
+    world.run(25)
     drift = world.x.double().mean(0) - start.double().mean(0)
     assert float(drift.norm() / start.double().norm(dim=1).mean()) < 1e-6
 
@@ -158,10 +154,10 @@ def test_random_entries_need_a_smaller_step() -> None:
 
 def test_a_step_size_that_diverges_is_found_out_and_one_that_does_not_is_left_alone() -> None:
     start, compressor = normal(5, 50), tw.TopK(density=0.1)
-    x = reference(start, torch.from_numpy(ring(5).matrix()), compressor, 1.0, 120)
-    assert float((x - x.mean(0)).square().sum(1).mean()) > 1e3
+    x = reference(start, torch.from_numpy(ring(5).matrix()), compressor, 1.0, 80)
+    assert float((x - x.mean(0)).square().sum(1).mean()) > 200
     ends = {}
-    for gamma, rounds in ((1.0, 120), (0.18, 25)):
+    for gamma, rounds in ((1.0, 80), (0.18, 25)):
         world = consensus(ChocoSettings(compressor=compressor, gamma=gamma, start="zero"), Always(ring(5)), start)
         world.run(rounds)
         ends[gamma] = spread(world), [algorithm.metrics()["gamma"] for algorithm in world.algorithms]
@@ -234,13 +230,13 @@ def test_a_run_resumed_from_a_cut_is_the_run_that_went_on(settings: Any) -> None
         return Quadratics(settings, Always(ring(5)), numel=80, momentum=0.9)
 
     first = world()
-    first.run(23)
+    first.run(12)
     first.drain()
     state = first.state()
-    first.run(20)
+    first.run(8)
     second = world()
-    second.load(state, 23)
-    second.run(20)
+    second.load(state, 12)
+    second.run(8)
     assert torch.equal(first.x, second.x)
 
 
@@ -262,7 +258,7 @@ def test_machines_that_lack_a_copy_are_given_the_weights_and_the_mean_stays(star
     """Unequal weights at the start; and one machine that was left out of a merge."""
     begin = normal(5, 60)
     world = consensus(ChocoSettings(compressor=tw.TopK(density=0.1), start=start), Always(ring(5)), begin)
-    world.run(30)
+    world.run(20)
     torch.testing.assert_close(world.x.mean(0), begin.mean(0), rtol=0, atol=1e-14)
     assert spread(world) < 0.2 * float((begin - begin.mean(0)).square().sum(1).mean())
     average = world.x[:4].mean(0)
@@ -271,7 +267,7 @@ def test_machines_that_lack_a_copy_are_given_the_weights_and_the_mean_stays(star
         world.algorithms[rank].merged()
     mean = world.x.mean(0)
     before = spread(world)
-    world.run(60)
+    world.run(40)
     torch.testing.assert_close(world.x.mean(0), mean, rtol=0, atol=1e-14)
     assert spread(world) < 0.2 * before
 
@@ -279,10 +275,10 @@ def test_machines_that_lack_a_copy_are_given_the_weights_and_the_mean_stays(star
 def test_a_machine_that_comes_back_is_taken_in_without_moving_the_mean() -> None:
     settings = ChocoSettings(compressor=tw.TopK(density=0.1), gamma=0.15)
     world = consensus(settings, Always(ring(5)), normal(1, 60).expand(5, 60) + 0.1 * normal(5, 60, 1))
-    world.run(20)
+    world.run(8)
     world.drain()
     world.kill(2)
-    world.run(5)
+    world.run(3)
     port = world.simulation.revive(2)
     world.replicas[2].set_weights(world.replicas[1].x)
     world.algorithms[2] = settings.build(Parts(world.replicas[2], port, world.graph, 1.0, 0))
@@ -291,7 +287,7 @@ def test_a_machine_that_comes_back_is_taken_in_without_moving_the_mean() -> None
     for rank in (1, 2):  # as a machine that enters and its donor have it
         world.algorithms[rank].hold(0.5)
     held, before = (world.mass[:, None] * world.x).sum(0), spread(world)
-    world.run(60)
+    world.run(40)
     torch.testing.assert_close((world.mass[:, None] * world.x).sum(0), held, rtol=0, atol=1e-13)
     assert world.mass.tolist() == [1, 0.5, 0.5, 1, 1]
     assert spread(world) < 0.05 * before

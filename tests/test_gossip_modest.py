@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -185,11 +186,15 @@ def test_when_all_of_a_round_die_the_newest_model_goes_on() -> None:
     assert bool((world.ends[alive] == world.ends[alive[0]]).all())
 
 
+def step_s(slow: float, rank: int) -> float:
+    return slow if rank == 3 else 0.1
+
+
 def test_a_straggler_delays_nobody_and_ends_with_the_same_weights() -> None:
     settings = ModestSettings(sample=4, aggregators=1, success=0.5, local_steps=5, ping_s=20.0)
     times = {}
     for slow in (0.1, 3.0):
-        world = World(settings, 8, 60, step_s=lambda rank, slow=slow: slow if rank == 3 else 0.1)
+        world = World(settings, 8, 60, step_s=partial(step_s, slow))
         world.run()
         times[slow] = world.simulation.now_s
         assert bool((world.ends == world.ends[0]).all())
