@@ -188,8 +188,8 @@ class Text:
     name = "text"
     measure = "bits per byte"
     better = -1
-    every = 6
-    rounds = 32
+    every = 1
+    rounds = 192
     context = 32
     batch = 4
 
