@@ -10,7 +10,7 @@ from gossip_quadratics import Quadratics
 from gossip_worlds import Always, mixing_of, ring
 from torch import Tensor
 
-from thinwire.comm.gossip.algorithm import AlgorithmSettings
+from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.algorithms.d2 import D2, D2Settings, lazy
 from thinwire.comm.gossip.algorithms.decentlam import DecentLaMSettings
 from thinwire.comm.gossip.algorithms.dpsgd import DPSGDSettings
@@ -230,6 +230,14 @@ def test_slowmo_at_a_learning_rate_of_zero_averages_and_keeps_its_momentum() -> 
     world.run(2)
     assert off(world.x, mean) < 1e-15
     assert torch.equal(world.algorithms[0]._momentum, kept)
+
+
+def test_slowmo_refuses_a_run_without_a_slow_step() -> None:
+    world = Quadratics(DPSGDSettings(), RING)
+    parts = Parts(world.replicas[0], world.simulation.ports[0], RING, 1.0, 0, steps=47)
+    with pytest.raises(ValueError, match=r"method\.algorithm\.every: 48 in a run of 47 steps.*give 47 or less"):
+        SlowMoSettings().build(parts)
+    SlowMoSettings(every=47).build(parts)
 
 
 def unlike(sizes: tuple[int, ...]) -> list[Tensor]:

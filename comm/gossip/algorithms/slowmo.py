@@ -41,7 +41,16 @@ class SlowMoSettings(AlgorithmSettings):
     joinable: ClassVar[bool] = False
 
     def build(self, parts: Parts) -> SlowMo:
-        """The algorithm of one machine."""
+        """The algorithm of one machine.
+
+        Raises:
+            ValueError: the run ends before the first slow step.
+        """
+        if parts.steps is not None and self.every > parts.steps:
+            raise ValueError(
+                f"method.algorithm.every: {self.every} in a run of {parts.steps} steps, which would never make a slow "
+                f"step; give {parts.steps} or less, or algorithm: dpsgd"
+            )
         return SlowMo(
             parts.replica,
             parts.port,
