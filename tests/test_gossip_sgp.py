@@ -9,10 +9,14 @@ import pytest
 import torch
 from gossip_digraphs import Directed, digraph
 from gossip_quadratics import Quadratics
+from gossip_worlds import Late, quiet
 from pydantic import ValidationError
 
+from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.algorithms.dpsgd import DPSGDSettings
 from thinwire.comm.gossip.algorithms.sgp import SGPSettings
+from thinwire.comm.gossip.port import Script
+from thinwire.comm.gossip.turn import Turn
 
 N = 6
 LR = 0.1
@@ -63,6 +67,33 @@ def test_a_resumed_run_goes_on_bit_for_bit(settings: Any) -> None:
         world.drain()
     assert torch.equal(going_on.x, resumed.x)
     assert torch.equal(going_on.mass, resumed.mass)
+
+
+@pytest.mark.parametrize("settings", [SGPSettings(overlap=True), SGPSettings(heal=True), DPSGDSettings()])
+def test_a_merge_waits_for_parcels_that_are_late(settings: Any) -> None:
+    late = Late(lambda source, to, count: 0.1 + (7 * source + 5 * to + 3 * count) % 11 / 2)  # deadline: 1 s
+    world = Quadratics(settings, changing(), links=late)
+
+    class Ending:
+        def turn(self, step: int) -> Turn:
+            return Turn(step, step, world.graph.mixing(step), merge=step == 7)
+
+    def script(rank: int) -> Script[None]:
+        port, replica = world.simulation.ports[rank], world.replicas[rank]
+        agent = Agent(replica, port, world.algorithms[rank], Ending(), steps=8)
+        while not agent.ended:
+            yield from agent.before_step()
+            yield from agent.after_step()
+        yield from quiet(port, port.now() + 20.0)
+        yield from agent.algorithm.drain()
+
+    start = world.x.mean(0)
+    world.simulation.run([script(rank) for rank in range(N)])
+    assert sum(algorithm.metrics()["late"] for algorithm in world.algorithms) > 10
+    assert world.mass.sum() == pytest.approx(N, abs=1e-13)
+    for x in world.x:
+        assert torch.equal(x, world.x[0])
+    torch.testing.assert_close(world.x[0], start, rtol=0, atol=1e-14)
 
 
 def test_predicted_bytes_are_those_sent() -> None:

@@ -261,10 +261,7 @@ class Agent:
             self._left_out += 1
 
     def _average(self, number: int, stream: int) -> Script[Merged]:
-        if self.in_rounds:
-            yield from self.algorithm.drain()
-        else:
-            yield from self.cut()  # an exchange after the vector is handed over would be in no mean
+        yield from self.cut()  # what came after the vector is handed over would be in no mean
         algorithm = self.algorithm
         value = algorithm.averaged() if isinstance(algorithm, HasCompanion) else self.replica.weights()
         return (yield from self._average_all(value, number, stream))
