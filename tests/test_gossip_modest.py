@@ -53,7 +53,7 @@ class World:
         step_s: Callable[[int], float] = lambda rank: 0.1,
         cut_every: int = 0,
     ) -> None:
-        self.steps = steps
+        self.settings, self.steps, self.cut_every = settings, steps, cut_every
         self.step_s = step_s
         self.b = torch.randn(size, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
         self.simulation = Simulation(size, links or Late(lambda *_: 0.01))
@@ -62,13 +62,17 @@ class World:
         self.agents: list[Agent] = []
         self.log: list[tuple[int, int]] = []
         self.cuts: list[list[Any]] = [[] for _ in range(size)]
-        graph = Always(ring(size))
-        for replica, port in zip(self.replicas, self.simulation.ports, strict=True):
-            machine = settings.build(Parts(replica, port, graph, 1.0, 0, steps))
-            agent = Agent(replica, port, machine, NoExchanges(), steps=steps, in_rounds=False, deadline_s=30.0)
-            agent.cut_every = cut_every
+        for port in self.simulation.ports:
+            machine, agent = self.new_agent(port.rank, port)
             self.machines.append(machine)
             self.agents.append(agent)
+
+    def new_agent(self, rank: int, port: Port) -> tuple[ModestMachine, Agent]:
+        replica, graph = self.replicas[rank], Always(ring(len(self.replicas)))
+        machine = self.settings.build(Parts(replica, port, graph, 1.0, 0, self.steps))
+        agent = Agent(replica, port, machine, NoExchanges(), steps=self.steps, in_rounds=False, deadline_s=30.0)
+        agent.cut_every = self.cut_every
+        return machine, agent
 
     def train(self, rank: int) -> Script[None]:
         agent, replica = self.agents[rank], self.replicas[rank]
@@ -264,7 +268,32 @@ def test_views_merge_by_what_is_newer() -> None:
     assert (copy.changes == a.changes).all()
 
 
-def test_who_leaves_is_drawn_no_more_and_who_joins_is_again() -> None:
+def test_a_machine_that_comes_back_is_drawn_again_and_ends_with_the_others() -> None:
+    settings = ModestSettings(sample=2, aggregators=2, success=0.5, local_steps=2, ping_s=1.0, aggregate_s=3.0)
+    world = World(settings, 6, 120)
+
+    def come_back() -> None:
+        port = world.simulation.revive(4)
+        world.replicas[4] = VectorReplica(torch.zeros(4, dtype=torch.float64), LR)
+        world.machines[4], world.agents[4] = world.new_agent(4, port)
+        world.simulation.start(4, entered())
+
+    def entered() -> Script[None]:
+        yield from world.agents[4].enter()
+        entries.append(len(world.log))
+        yield from world.train(4)
+
+    entries: list[int] = []
+    world.simulation.at(1.0, partial(world.simulation.kill, 4))
+    world.simulation.at(4.0, come_back)
+    world.run()
+    later = [step for rank, step in world.log[entries[0] :] if rank == 4]
+    assert len(later) > 4
+    assert min(later) > 0
+    assert bool((world.ends == world.ends[0]).all())
+
+
+def test_who_leaves_is_drawn_no_more() -> None:
     world = World(ModestSettings(sample=2, aggregators=1, local_steps=2), 6, 80)
     world.simulation.at(0.35, world.machines[4].leave)
     world.run()

@@ -22,9 +22,10 @@ class ModestSettings(AlgorithmSettings):
 
     Nobody coordinates this: who averages and who trains follows from the hash and from who answers. It is a way to
     train, not only to average: a machine whose turn it is not waits in optimizer.step(), until it is drawn. The step
-    that it has just taken then counts for nothing; it goes on from the model that it is given, as step k * local_steps,
-    so a machine's step is that of the run, and a learning rate schedule holds. After the last round the mean goes to
-    all machines, which end with the same weights. Graph and schedule play no part: leave both out.
+    that it has just taken then counts for nothing but its optimizer's state; it goes on from the model that it is
+    given, as step k * local_steps, so a machine's step is that of the run, and a learning rate schedule holds. After
+    the last round the mean goes to all machines, which end with the same weights. Graph and schedule play no part:
+    leave both out.
 
     Differences from the paper: aggregators and members that do not answer are passed over in batches that double; a
     machine that has trained gives its model to others if nobody says within two aggregate_s that it has been used; and
@@ -36,7 +37,7 @@ class ModestSettings(AlgorithmSettings):
     ping_s: how long a machine may take to answer; longer than a step, since a machine that trains answers between
       steps.
     aggregate_s: how long models are waited for; longer than local_steps.
-    inactive_rounds: a machine that took part in none of so many rounds is no longer pinged until it says hello; null:
+    inactive_rounds: a machine that took part in none of so many rounds is no longer pinged until it is heard of; null:
       max(50, 10 n/s), within which a machine is drawn all but surely.
     """
 
@@ -51,7 +52,6 @@ class ModestSettings(AlgorithmSettings):
 
     in_rounds: ClassVar[bool] = False
     uses_graph: ClassVar[bool] = False
-    joinable: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _enough(self) -> ModestSettings:

@@ -30,7 +30,7 @@ from thinwire.kernels.weighted_sum import weighted_sum
 if TYPE_CHECKING:
     from thinwire.comm.gossip.algorithms.modest import ModestSettings
 
-MODEL, AVERAGE, USED, HELLO = range(PONG + 1, 6)
+MODEL, AVERAGE, USED, LEAVE = range(PONG + 1, 6)
 """Streams of Kind.SAMPLE."""
 TRAIN, FINAL = 1, 2
 """Flags of AVERAGE: the receiver is in the sample; no round follows."""
@@ -87,7 +87,7 @@ class ModestMachine:
     def after_step(self, turn: Turn) -> Script[None]:
         """As Algorithm says. It returns when there is a step to compute, or a meeting to come to."""
         if not self._entered:
-            self._enter()
+            self._enter(turn)
         self._tend()
         if self._local is not None and self._given is None:
             self._local += 1
@@ -100,7 +100,7 @@ class ModestMachine:
 
     def asked(self) -> bool:
         """Whether there is mail."""
-        return any(self._port.waiting(Kind.SAMPLE, stream) for stream in range(HELLO + 1))
+        return any(self._port.waiting(Kind.SAMPLE, stream) for stream in range(LEAVE + 1))
 
     def serve(self) -> None:
         """Read it, and do what can be done without waiting."""
@@ -158,28 +158,27 @@ class ModestMachine:
         if self._trained is not None:
             self._trained = self._codec.encode(self._round, self._replica.weights())[0]
 
+    def hold(self, mass: float) -> None:
+        """As SharesMass says: whoever enters is given weights. Averages here are of those who train, not by mass."""
+
     def leave(self) -> None:
-        """Tell others that this machine goes; it is drawn no more."""
+        """Tell 10 s others, drawn by the hash, that this machine goes: it is drawn no more."""
         self._view.leave(self._rank)
-        self._say_hello()
-
-    def join(self) -> None:
-        """Tell others that this machine is there again, after leave()."""
-        self._view.join(self._rank)
-        self._say_hello()
-
-    def _enter(self) -> None:
-        """The first round begins without messages: all have the same weights and know of all machines."""
-        self._entered = True
-        self._heard_s = self._port.now()
-        if self._rank in self._roll.order(0)[: self._settings.sample]:
-            self._local = 0
-
-    def _say_hello(self) -> None:
-        """Give this machine's view to 10 s others, drawn by the hash."""
         others = order_of(self._seed ^ 1, self._rank, set(range(self._port.size)) - {self._rank})
         for rank in others[: 10 * self._settings.sample]:
-            self._send(rank, HELLO, self._known, payload=self._view.encode())
+            self._send(rank, LEAVE, self._known, payload=self._view.encode())
+
+    def _enter(self, turn: Turn) -> None:
+        """The first round begins without messages: all have the same weights and know of all machines.
+
+        A machine that enters a run under way waits for its turn; others see that it has begun anew.
+        """
+        self._entered = True
+        self._heard_s = self._port.now()
+        self._round = self._known = turn.step // self._settings.local_steps
+        self.next_step = turn.step
+        if turn.step == 0 and self._rank in self._roll.order(0)[: self._settings.sample]:
+            self._local = 0
 
     def _wait_for_turn(self) -> Script[None]:
         stall_s = 4 * self._settings.aggregate_s
@@ -312,7 +311,7 @@ class ModestMachine:
     def _tend(self) -> None:
         """Read all mail, and let every strand go on."""
         readers: list[tuple[int, Callable[[int, Message], None]]] = [
-            (HELLO, self._read_hello),
+            (LEAVE, self._read_leave),
             (PING, self._read_ping),
             (PONG, self._roll.answered),
             (USED, lambda rank, message: self._used.add(message.round)),
@@ -327,9 +326,8 @@ class ModestMachine:
                     read(rank, self._port.take(rank, Kind.SAMPLE, stream))
         self._strands.advance(self._port.now())
 
-    def _read_hello(self, rank: int, message: Message) -> None:
+    def _read_leave(self, rank: int, message: Message) -> None:
         self._view.merge(decode_view(message.payload, self._port.size))
-        self._view.saw(rank, self._known)
 
     def _read_ping(self, rank: int, message: Message) -> None:
         self._view.saw(rank, self._known)
@@ -375,13 +373,16 @@ class ModestMachine:
         others = [rank for rank in range(port.size) if rank != self._rank]
         if any(port.newest(rank, Kind.END) >= 0 for rank in others):
             return True
+        if any(port.waiting(Kind.JOIN_ASK, stream) for stream in (0, 1)):
+            return True  # somebody enters
         # Others may be at the end already; this machine waits for what the run has come to.
         return self._called < self._newest_call() < (self._steps or math.inf)
 
     def _is_called(self) -> bool:
         if not self._has_call():
             return False
-        self._called = self._newest_call()
+        if self._newest_call() < (self._steps or math.inf):
+            self._called = max(self._called, self._newest_call())
         return True
 
     def _newest_call(self) -> int:
