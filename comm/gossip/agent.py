@@ -308,14 +308,22 @@ class Agent:
         return None
 
     def _stop_together(self) -> Script[None]:
-        """Where machines go in rounds and one is asked to stop: all go on to the step that the first has reached."""
+        """Where machines go in rounds and one is asked to stop: all go on to the last step that one of them names.
+
+        Each names the step so many ahead as there are machines, which is further than any can be ahead of it: so no
+        machine waits here for the word of one that waits for its next round.
+        """
         if self._stop_at is None and not self.ended and (self.stopped or self._told(Kind.END)):
-            self._tell_all(Message(Kind.END, self.step))
+            self._stop_at = self.step + self.port.size
+            self._tell_all(Message(Kind.END, self._stop_at))
+        if self._stop_at is None or self.ended:
+            return
+        self._stop_at = max([self._stop_at, *(self.port.newest(rank, Kind.END) for rank in self._others())])
+        if self.step >= self._stop_at:
             until = self.port.now() + self._deadline_s
             yield Wait(lambda: all(self._has_told(rank, Kind.END) for rank in self._others()), until)
-            told = [self.port.newest(rank, Kind.END) for rank in self._others()]
-            self._stop_at = max([self.step, *told])
-        if self._stop_at is not None and self.step >= self._stop_at and not self.ended:
+            self._stop_at = max([self._stop_at, *(self.port.newest(rank, Kind.END) for rank in self._others())])
+        if self.step >= self._stop_at:
             self.stopped = self.ended = True
 
     def _others(self) -> list[int]:
