@@ -135,8 +135,13 @@ def test_what_config_show_prints_loads_back_to_the_same(
     shown = tmp_path / "shown.yaml"
     shown.write_text(capsys.readouterr().out)
     config = load_config(path, overrides)
-    assert load_config(shown) == config
-    assert dump_config(load_config(shown)) == dump_config(config)
+    secrets = []
+    if path.stem == "gossip_machines":
+        with pytest.raises(ConfigError, match="asterisks stand for it"):
+            load_config(shown)
+        secrets = ["method.machines.secret=change this text"]
+    assert load_config(shown, secrets) == config
+    assert dump_config(load_config(shown, secrets)) == dump_config(config)
     assert getattr(config, owner).lr == 1e-5
 
 

@@ -105,7 +105,9 @@ def test_machines_of_own_pace_end_together_and_merge(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [ROUNDS, OWN_PACE], ids=["rounds", "own pace"])
 def test_one_machine_that_is_asked_to_stop_stops_all(tmp_path: Path, method: str) -> None:
-    config = small_config(tmp_path, method, *SIX_STEPS, "train.steps=60", "checkpoint.every_steps=0")
+    config = small_config(
+        tmp_path, method, *SIX_STEPS, "train.steps=60", "checkpoint.every_steps=0", "method.deadline_s=1"
+    )
 
     def work(rank: Rank) -> tuple[int, tuple[int, ...]]:
         world = thread_world(rank)

@@ -46,6 +46,8 @@ class MachinesSettings(Settings):
                 raise ValueError(f"machines: {address!r} is no address that others can reach; write host:port")
         if twice := [address for address in self.machines if self.machines.count(address) > 1]:
             raise ValueError(f"machines: {twice[0]} appears twice; each machine has an address of its own")
+        if not self.secret.get_secret_value().strip("*"):
+            raise ValueError("secret: asterisks stand for it where settings are shown; give the text itself")
         if self.rank >= size:
             raise ValueError(f"rank: {self.rank} of {size} machines; allowed are 0 to {size - 1}")
         if self.wait_for is not None and self.wait_for > size:
