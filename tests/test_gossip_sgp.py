@@ -73,6 +73,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(settings: Any) -> None:
 def test_a_merge_waits_for_parcels_that_are_late(settings: Any) -> None:
     late = Late(lambda source, to, count: 0.1 + (7 * source + 5 * to + 3 * count) % 11 / 2)  # deadline: 1 s
     world = Quadratics(settings, changing(), links=late)
+    for replica, b in zip(world.replicas, world.b, strict=True):
+        replica.x = b.clone()
 
     class Ending:
         def turn(self, step: int) -> Turn:
