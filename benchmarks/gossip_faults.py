@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -107,7 +106,6 @@ def measure(name: str, fault: Fault, numel: int, rounds: int) -> Row:
     posts = [enter(world, rank, listeners[rank]) for rank in range(SIZE)]
     for post in posts:
         post.wait_for_others(SIZE - 1, DEADLINE_S)
-    began = time.monotonic()
     threads = [threading.Thread(target=attempt, args=(world, partial(live, world, post))) for post in posts]
     for thread in threads:
         thread.start()
@@ -115,7 +113,6 @@ def measure(name: str, fault: Fault, numel: int, rounds: int) -> Row:
         thread.join()
     if world.errors:
         raise world.errors[0]
-    elapsed_s = time.monotonic() - began
     all_ = list(world.outcomes.values())
     expected = torch.stack([o.start + o.gained - o.dead for o in all_]).sum(0)
     error = torch.stack([o.held for o in all_]).sum(0) - expected
@@ -125,7 +122,6 @@ def measure(name: str, fault: Fault, numel: int, rounds: int) -> Row:
         "error": f"{float(error.norm() / expected.norm()):.1e}",
         "sum of masses": round(sum(o.mass for o in all_), 9),
         "left apart": f"{float((end - end.mean(0)).norm() / (start - start.mean(0)).norm()):.1e}",
-        "ms a round": round(1000 * elapsed_s / rounds, 1),
     }
 
 
