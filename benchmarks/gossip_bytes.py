@@ -9,8 +9,8 @@ most, among 32. `32 over 4` is the ratio that the claim is about. Rows of kind `
 degree grows with n, and a ring all-reduce by its formula, 2 (n-1)/n. Machines that go at their own pace take a step in
 0.1 s and wait 5 ms for a message.
 
-Base-2 gives some machines nothing to do in some rounds where n is no power of two, and a matching leaves one alone where
-n is odd, so the mean is then below one copy. Swaps that chance decides (A2CiD2, one merge) move by their noise.
+Base-2 gives some machines nothing to do in some rounds where n is no power of two, and a matching leaves one alone
+where n is odd: the mean is then below one copy. Swaps that chance decides (A2CiD2, one merge) move by their noise.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ CONSTANT: Mapping[str, Mapping[str, Any]] = {
     },
 }
 GROWS: Mapping[str, Mapping[str, Any]] = {
-    "D-PSGD, static exponential": {"graph": "exponential", "algorithm": "sgp"},
+    "SGP, static exponential": {"graph": "exponential", "algorithm": "sgp"},
     "D-PSGD, complete": {"graph": "complete"},
 }
 
