@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -18,18 +17,13 @@ from thinwire.comm.errors import PeerLostError
 from thinwire.comm.gossip.inbox import Inbox
 from thinwire.comm.gossip.message import Kind, Message
 from thinwire.comm.gossip.port import Script, Wait
-from thinwire.comm.gossip.post.connection import Connection
-from thinwire.comm.gossip.post.handshake import answer_greeting, check_run, greet_as_dialler, read_greeting
+from thinwire.comm.gossip.post.connector import Connector
 from thinwire.comm.gossip.post.link import Link, LinkLimits
 from thinwire.comm.meter import TrafficMeter
-from thinwire.comm.wire import PayloadError
 
 T = TypeVar("T")
 
 _CONTROL = {Kind.END, Kind.BARRIER, Kind.JOIN_ASK}
-_STRANGERS = 64  # connections at once whose greeting is awaited
-_GREET_S = 10.0
-_RETRY_S = (0.02, 1.0)  # between attempts to connect: the first, and the longest
 _FAREWELL_S = 1.0  # for the others to take leave, too
 _PAUSE_S = 60.0  # the longest time for which wait() does not look at the clock
 
@@ -77,11 +71,8 @@ class Post:
         self.exposed_s = 0.0
         self.sent_bytes: dict[int, int] = defaultdict(int)
         self._addresses = list(addresses)
-        self._secret = secret
-        self._listener = listener
         self._peers = tuple(peers if peers is not None else range(self.size))
         self._lost_after_s = lost_after_s
-        self._limit_bytes = limit_bytes
         self._arrived = threading.Condition(threading.RLock())  # never held while a link's lock is taken
         self._inbox = Inbox()
         self._lost: frozenset[int] = frozenset()
@@ -91,17 +82,21 @@ class Post:
         self._looked = True
         self._failure: BaseException | None = None
         self._closed = False
-        self._strangers = threading.Semaphore(_STRANGERS)
-        self._threads: set[threading.Thread] = set()
-        self._sockets: set[socket.socket] = set()  # whose greeting is under way
         limits = LinkLimits(lost_after_s, backlog_bytes, backlog_messages=1 << 20)
         me = (self.size, rank, secrets.randbits(63) | 1)
         self._links = {other: self._link(other, me, limits, grace_s) for other in range(self.size) if other != rank}
-        if listener is not None:
-            listener.settimeout(0.5)
-            self._start("listen", self._listen, listener)
-        for link in self._links.values():
-            self._start(f"send-{link.rank}", self._send_to, link)
+        self._connector = Connector(
+            rank,
+            self._addresses,
+            self._links,
+            secret=secret,
+            listener=listener,
+            lost_after_s=lost_after_s,
+            limit_bytes=limit_bytes,
+            on_connected=self._on_connected,
+            on_failure=self._on_failure,
+        )
+        self._connector.begin()
 
     def send(self, to: int, message: Message) -> None:
         """As Port says. The payload is sent from where it lies: it must not change any more."""
@@ -224,22 +219,7 @@ class Post:
         with self._arrived:
             self._closed = True
             self._arrived.notify_all()
-            greeting, threads = list(self._sockets), list(self._threads)
-        for sock in greeting:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-        if self._listener is not None:
-            with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
-        until = time.monotonic() + (min(_FAREWELL_S, linger_s) if farewell else 0.0)
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        for link in self._links.values():
-            link.hang_up()
-        for thread in threads:
-            thread.join()
-        if self._listener is not None:
-            self._listener.close()
+        self._connector.close(min(_FAREWELL_S, linger_s) if farewell else 0.0)
         self._raise_failure()
 
     def __enter__(self) -> Post:
@@ -289,6 +269,15 @@ class Post:
             self._seen = list(self._generations)
             self._looked = True
 
+    def _on_connected(self) -> None:
+        with self._arrived:
+            self._arrived.notify_all()
+
+    def _on_failure(self, error: BaseException) -> None:
+        with self._arrived:
+            self._failure = self._failure or error
+            self._arrived.notify_all()
+
     def _connected(self) -> int:
         return sum(link.connection is not None for link in self._links.values())
 
@@ -300,142 +289,6 @@ class Post:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise RuntimeError("a thread of the gossip post has failed") from self._failure
-
-    def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
-        def body() -> None:
-            try:
-                work(*arguments)
-            except BaseException as error:
-                with self._arrived:
-                    self._failure = self._failure or error
-                    self._arrived.notify_all()
-            finally:
-                with self._arrived:
-                    self._threads.discard(threading.current_thread())
-
-        # A daemon: a script that has failed must not be kept from ending its process by what nobody closes.
-        thread = threading.Thread(target=body, name=f"thinwire-post-{self.rank}-{name}", daemon=True)
-        with self._arrived:
-            self._threads.add(thread)
-            thread.start()
-
-    def _listen(self, listener: socket.socket) -> None:
-        while not self._closed:
-            try:
-                sock, _ = listener.accept()
-            except TimeoutError:
-                continue
-            except OSError:  # closed; or no descriptor is left, which may pass
-                time.sleep(0.0 if self._closed else _RETRY_S[0])
-                continue
-            if self._strangers.acquire(blocking=False):
-                self._start("greet", self._welcome, sock)
-            else:
-                sock.close()
-
-    def _welcome(self, sock: socket.socket) -> None:
-        """Greet whoever has connected, and if it is one of the run's machines, receive from it."""
-        link = None
-        try:
-            with self._greeting(sock):
-                theirs, first = read_greeting(sock)
-                link = self._links.get(theirs.sender)
-                if link is None or link.rank > self.rank:
-                    raise PayloadError(f"it says that it is machine {theirs.sender}, which is not to dial this one")
-                mine = link.greeting()
-                answer_greeting(sock, self._secret, mine, first)
-                check_run(theirs, mine)
-                connection = self._connection(sock)
-                link.take_up(connection, mine, theirs)
-        except (OSError, PayloadError) as error:
-            sock.close()
-            if link is not None:
-                link.complain(f"was not greeted: {error}")
-            return
-        finally:
-            self._strangers.release()
-        self._announce()
-        self._receive(link, connection)
-
-    def _send_to(self, link: Link) -> None:
-        """The thread that sends to one machine, and dials it if that is this machine's part."""
-        pause_s = _RETRY_S[0]
-        while not link.leaving:
-            connection = link.connection
-            if connection is None:
-                link.check()
-                if link.rank > self.rank and self._dial(link):
-                    pause_s = _RETRY_S[0]
-                    continue
-                with link.changed:
-                    if link.connection is None and not link.leaving:
-                        link.changed.wait(pause_s if link.rank > self.rank else self._tick_s())
-                pause_s = min(2 * pause_s, _RETRY_S[1])
-                continue
-            frame = link.next_frame(connection)
-            if frame is None:
-                continue
-            try:
-                connection.send(*frame)
-            except OSError as error:
-                link.broken(connection, f"broke the connection: {error}")
-
-    def _dial(self, link: Link) -> bool:
-        try:
-            sock = socket.create_connection(self._addresses[link.rank], timeout=min(_GREET_S, self._lost_after_s))
-        except OSError as error:
-            link.complain(f"cannot be reached: {error}")
-            return False
-        try:
-            with self._greeting(sock):
-                mine = link.greeting()
-                theirs = greet_as_dialler(sock, self._secret, mine)
-                connection = self._connection(sock)
-                link.take_up(connection, mine, theirs)
-        except (OSError, PayloadError) as error:
-            sock.close()
-            link.complain(f"was not greeted: {error}")
-            return False
-        self._announce()
-        self._start(f"receive-{link.rank}", self._receive, link, connection)
-        return True
-
-    @contextlib.contextmanager
-    def _greeting(self, sock: socket.socket) -> Iterator[None]:
-        """A socket whose greeting close() may break off."""
-        sock.settimeout(min(_GREET_S, self._lost_after_s))
-        with self._arrived:
-            self._sockets.add(sock)
-            if self._closed:
-                raise ConnectionAbortedError("the post is closed")
-        try:
-            yield
-        finally:
-            with self._arrived:
-                self._sockets.discard(sock)
-
-    def _receive(self, link: Link, connection: Connection) -> None:
-        """The thread that receives on one connection."""
-        try:
-            more = True
-            while more:
-                header, payload = connection.receive(link.heard)
-                more = link.take_in(connection, header, payload)
-        except (OSError, PayloadError) as error:
-            link.broken(connection, f"broke the connection: {error}")
-        finally:
-            connection.close()
-
-    def _connection(self, sock: socket.socket) -> Connection:
-        return Connection(sock, limit_bytes=self._limit_bytes, tick_s=self._tick_s(), silence_s=self._lost_after_s)
-
-    def _tick_s(self) -> float:
-        return self._lost_after_s / 8
-
-    def _announce(self) -> None:
-        """Wake wait_for_others()."""
-        with self._arrived:
-            self._arrived.notify_all()
 
 
 def drive(script: Script[T], post: Post) -> T:
