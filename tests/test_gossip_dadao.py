@@ -141,15 +141,15 @@ class Trained(World):
 def test_as_an_algorithm_it_finds_the_minimum_and_resumes_bit_for_bit() -> None:
     going_on, resumed = Trained(), Trained()
     before = going_on.error()
-    going_on.train(range(60))
+    going_on.train(range(40))
     assert sum(machine.conserved() for machine in going_on.machines).abs().max() < 1e-11  # type: ignore[union-attr]
     resumed.simulation.now_s = going_on.simulation.now_s
     for rank, machine in enumerate(resumed.machines):
         resumed.replicas[rank].x = going_on.replicas[rank].x.clone()
         machine.load_state_dict(going_on.machines[rank].state_dict())
     for world in (going_on, resumed):
-        world.train(range(60, 100))
-        assert world.error() < before * math.exp(-0.03 * 100)
+        world.train(range(40, 70))
+        assert world.error() < before * math.exp(-0.03 * 70)
     for a, b in zip(going_on.replicas, resumed.replicas, strict=True):
         assert torch.equal(a.x, b.x)
 

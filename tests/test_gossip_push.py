@@ -168,13 +168,13 @@ def test_running_sums_heal_what_links_lose() -> None:
         links = Jitter(0.1, loss=0.3)
         world = World(6, lambda round: digraph(6, seed=round % 3), links, heal=heal).mixed(range(30), step=0.1)
         links.loss = 0.0
-        return world.mixed(range(30, 33)).mixed(range(33, 140), pause_s=0.0)  # each edge heals in the first three
+        return world.mixed(range(30, 33)).mixed(range(33, 110), pause_s=0.0)  # each edge heals in the first three
 
     healed, torn = run(True), run(False)
     assert healed.mass() == pytest.approx(6.0, abs=1e-12)
     assert healed.error() < 1e-13
     spread = torch.stack(healed.values).std(0).max()
-    assert spread < 1e-12
+    assert spread < 1e-9
     assert torn.mass() < 2.0  # what was lost stays lost
 
 
