@@ -78,8 +78,10 @@ class Connector:
             thread.join(max(0.0, until - time.monotonic()))
         for link in self._links.values():
             link.hang_up()
-        while threads := list(self._threads):  # also those that had just been started
-            for thread in threads:
+        for thread in threads:
+            thread.join()
+        while late := list(self._threads):  # started in the meantime
+            for thread in late:
                 thread.join()
         if self._listener is not None:
             self._listener.close()

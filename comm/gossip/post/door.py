@@ -59,6 +59,8 @@ def open_post(queue: CommQueue, *, lost_after_s: float = 15.0, backlog_bytes: in
     )
     try:
         post.wait_for_others(queue.size - 1, queue.timeout_s)
+        # Who went on, and left again, before another had seen it connected would be missed there for the whole timeout.
+        queue.submit("control/connected", lambda channel: channel.all_gather_same(told[:1])).wait()
     except BaseException:
         post.close(linger_s=0.0)
         raise
