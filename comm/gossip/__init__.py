@@ -8,6 +8,9 @@ Port and yields where it has to wait. It knows neither threads nor clocks nor so
     graphs/       who talks to whom in which round, with which weights
     mixer.py      one round among neighbours that preserves the mean through lateness and loss
     algorithms/   what is done with that: D-PSGD, push-sum, gradient tracking, ...
+    merge.py      the global average, exact among those that are alive; barrier.py, how they agree on who that is
     agent.py      schedule, algorithm and merge of one machine, step by step
-    door.py       how that enters a trainer
+    begin.py      how machines without a launcher begin; join.py, how one enters a run under way
+    build.py      all of that from settings
+    door.py       how it enters a trainer; handle.py, what the trainer then holds; machine.py, the model
 """

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim import SGD, Optimizer
 
+from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.algorithms import AnyAlgorithm
 from thinwire.comm.gossip.build import Plan, build_agent, make_plan
 from thinwire.comm.gossip.graphs import EachGraph
@@ -25,6 +26,9 @@ from thinwire.comm.gossip.settings import GossipSettings
 from thinwire.comm.gossip.statistics import recalibrate
 from thinwire.comm.queue import CommQueue, open_queue
 from thinwire.comm.same_weights import check_same_weights
+from thinwire.comm.units import format_bytes
+
+_LOOK_AHEAD = 256  # steps among which describe() looks for an exchange
 
 
 def gossip(
@@ -168,7 +172,7 @@ def enter(
         meet_deadline_s=settings.meet_deadline_s,
         level_of=lambda rank: meter.level_of(peers[rank]),
         graph=plan.graph.name,
-        text=describe(plan),
+        text=describe(plan, agent),
         recalibrate=_recalibration(settings, model, calibrate),
     )
 
@@ -182,12 +186,20 @@ def _recalibration(
     return partial(recalibrate, model, calibrate)
 
 
-def describe(plan: Plan) -> str:
-    """Lines for the start of a run: graph, algorithm, schedule."""
+def describe(plan: Plan, agent: Agent) -> str:
+    """Lines for the start of a run: graph, algorithm, schedule, and what the first exchange sends."""
     settings = plan.settings
     if not settings.algorithm.uses_graph:
         return f"{settings.algorithm.kind}, which draws by itself who trains and who averages"
-    return f"{plan.graph.name}, {settings.algorithm.kind}, schedule {settings.schedule.kind}{plan.why}"
+    options = settings.schedule.model_dump(exclude={"kind"}, exclude_none=True)
+    chosen = ", ".join(f"{name} {value}" for name, value in options.items())
+    exchange = ""
+    for turn in (agent.schedule.turn(step) for step in range(min(plan.steps or _LOOK_AHEAD, _LOOK_AHEAD))):
+        if turn.mixing is not None and (sent := agent.algorithm.sent_bytes(turn)):
+            exchange = f"; the first exchange, after step {turn.step + 1}, sends {format_bytes(sum(sent.values()))}"
+            break
+    schedule = f"schedule {settings.schedule.kind} ({chosen})"
+    return f"{plan.graph.name}, {settings.algorithm.kind}, {schedule}{exchange}{plan.why}"
 
 
 def _check(settings: GossipSettings, optimizer: Optimizer, machine: Machine, given: object) -> None:
