@@ -185,7 +185,7 @@ class SimulatedRun:
                 f"{given.machines} machine{'s' * (given.machines > 1)} with {self.numel:,} weights each "
                 f"({format_bytes(weights)}); {self._data.describe()}",
                 f"{train.steps} steps of {train.global_batch // given.machines} sequences on each; "
-                f"method gossip: {describe(self.plan)}",
+                f"method gossip: {describe(self.plan, self.machines[0].agent)}",
                 f"{1e3 * given.compute_s:g} ms of computing a step{slowed}{killed}; {self._lines()}",
             )
         )

@@ -15,7 +15,6 @@ from thinwire.comm.gossip.algorithms.decentlam import DecentLaMSettings
 from thinwire.comm.gossip.algorithms.dpsgd import DPSGDSettings
 from thinwire.comm.gossip.algorithms.gradient_tracking import GradientTrackingSettings
 from thinwire.comm.gossip.algorithms.modest import ModestSettings
-from thinwire.comm.gossip.algorithms.modest import ModestSettings
 from thinwire.comm.gossip.algorithms.noloco import NoLoCoSettings
 from thinwire.comm.gossip.algorithms.sgp import SGPSettings
 from thinwire.comm.gossip.algorithms.slowmo import SlowMoSettings
@@ -37,7 +36,6 @@ EachAlgorithm: TypeAlias = (
     | DADAOSettings
     | ChocoSettings
     | SpartaSettings
-    | ModestSettings
 )
 
 
