@@ -219,10 +219,10 @@ class StepGuard:
 def default_gamma(compressor: Compressor, numel: int) -> float:
     """A step size that was stable on every graph tried, from the contraction alpha of C: k/d for k of d entries.
 
-    The largest entries are sent soonest, which is worth much: 1.8 alpha. Random ones wait 1/alpha rounds on average, and
-    some much longer, while the flow goes on: 0.5 alpha, which the second moment of 1 - T gamma (1 - lambda) bounds, with
-    T rounds waited and any eigenvalue lambda of W. Where every element is sent, alpha is the worst case of a single
-    large one; 0.45, as the paper's code has for signs, was stable for all.
+    The largest entries are sent soonest, which is worth much: 1.8 alpha. Random ones wait 1/alpha rounds on average,
+    and some much longer, while the flow goes on: 0.5 alpha, which the second moment of 1 - T gamma (1 - lambda) bounds,
+    with T rounds waited and any eigenvalue lambda of W. Where every element is sent, alpha is the worst case of a
+    single large one; 0.45, as the paper's code has for signs, was stable for all.
     """
     alpha = _contraction(compressor, numel) or 0.0
     if isinstance(compressor, RandK):

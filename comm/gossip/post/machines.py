@@ -20,7 +20,8 @@ class MachinesSettings(Settings):
     machines: host:port at which the others reach each machine; the first is machine 0.
     rank: which of them this one is.
     listen: host:port to accept connections at, such as 0.0.0.0:7000; default: this machine's own of `machines`.
-    secret: text that all machines of the run share: each proves to each that it knows it, so that nobody else gets in.
+    secret: text of 8 or more characters that all machines of the run share: each proves to each that it knows it.
+      Nobody else gets in.
       What is sent is neither secret nor protected against whoever can change packets on the way: over the internet, use
       a tunnel such as WireGuard.
     lost_after_s: seconds of silence after which a machine is lost; shorter cuts cost nothing but time.
@@ -32,7 +33,7 @@ class MachinesSettings(Settings):
     machines: tuple[str, ...] = Field(min_length=1)
     rank: int = Field(ge=0)
     listen: str = ""
-    secret: SecretStr = Field(min_length=8)
+    secret: SecretStr
     lost_after_s: float = Field(15.0, gt=0)
     wait_for: int | None = Field(None, ge=1)
     wait_s: float = Field(600.0, ge=0)
@@ -46,7 +47,10 @@ class MachinesSettings(Settings):
                 raise ValueError(f"machines: {address!r} is no address that others can reach; write host:port")
         if twice := [address for address in self.machines if self.machines.count(address) > 1]:
             raise ValueError(f"machines: {twice[0]} appears twice; each machine has an address of its own")
-        if not self.secret.get_secret_value().strip("*"):
+        secret = self.secret.get_secret_value()
+        if len(secret) < 8:
+            raise ValueError(f"secret: it has {len(secret)} characters; give a text of 8 or more that is hard to guess")
+        if not secret.strip("*"):
             raise ValueError("secret: asterisks stand for it where settings are shown; give the text itself")
         if self.rank >= size:
             raise ValueError(f"rank: {self.rank} of {size} machines; allowed are 0 to {size - 1}")
