@@ -69,9 +69,9 @@ class GossipState:
         return self._method.step
 
     def save(self) -> frozenset[int]:
-        """Write a checkpoint of this moment. All machines call it; where one is lost, none is written.
+        """Write a checkpoint of this moment. All machines call it; where one has not come, none is written.
 
-        Returns: the lost ones.
+        Returns: those that have not, the same set to each.
         """
         own = {
             "method": self._method.state_dict(),
@@ -79,17 +79,17 @@ class GossipState:
             "optimizer": self._optimizer.state_dict(),
             "random": self._random_state(),
         }
-        lost = self._method.lost
-        if self._world.size > 1 and lost:
+        absent = self._method.absent
+        if self._world.size > 1 and absent:
             _log.warning(
-                "checkpoint: none is written after step %d, since machines %s are lost and all ranks of a job write "
+                "checkpoint: none is written after step %d, since machines %s have not come and all ranks write "
                 "together; start the job anew to go on from the last one, with as many ranks as there are",
                 self.step,
-                sorted(lost),
+                sorted(absent),
             )
-            return lost
+            return absent
         self._checkpoints.save(self._common_step(), {}, own, self._facts)
-        return lost
+        return absent
 
     def _common_step(self) -> int:
         """The most steps that any machine has taken: the checkpoint's name, the same on all."""

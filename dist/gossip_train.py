@@ -46,7 +46,7 @@ class GossipTrainer:
         config: the run; its method is GossipRunSettings.
         world: this process's place in the job.
         stop: asks for an orderly end.
-    Attributes: lost, machines that were gone at the last checkpoint; others leave in peace once they have written it.
+    Attributes: lost, machines that had not come to the last checkpoint, the same set to each that has.
     Raises:
         ValueError: a setting does not fit this world, this model or this text.
         PreflightError: the ranks do not have the same.

@@ -153,10 +153,13 @@ class Agent:
         self.go_on(step, step if self.in_rounds else entry.meeting, self.replica.weights())
         return entry
 
-    def cut(self) -> Script[None]:
-        """Come to a state of all machines that belongs together: nothing is on the wire. All call it."""
+    def cut(self) -> Script[frozenset[int]]:
+        """Come to a state of all machines that belongs together: nothing is on the wire. All call it.
+
+        Returns: the machines that have come, the same set to each; without this one, if it was too late.
+        """
         yield from self.algorithm.drain()
-        yield from barrier(
+        present = yield from barrier(
             self.port,
             self._next_number(),
             deadline_s=self._deadline_s,
@@ -164,6 +167,7 @@ class Agent:
             serve=self.algorithm.serve,
         )
         yield from self.algorithm.drain()
+        return present
 
     def average(self) -> Script[Merged]:
         """The mean of the weights of all machines, which keep their own. All call it.

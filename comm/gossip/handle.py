@@ -37,6 +37,7 @@ class Gossip:
         graph: its name.
         text: what describe() says.
         recalibrate: puts the statistics of batch normalisation right after a merge.
+    Attributes: absent, machines that had not come to the last state_dict(), the same set to each of the others.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Gossip:
         self._graph = graph
         self._optimizer_state = optimizer_state
         self._recalibrate = recalibrate
+        self.absent: frozenset[int] = frozenset()
         agent.after_merge = self._after_merge
         self._hooks = [
             optimizer.register_step_pre_hook(lambda *_: self._run(agent.before_step())),
@@ -123,7 +125,7 @@ class Gossip:
 
     @property
     def lost(self) -> frozenset[int]:
-        """Machines that are gone."""
+        """Machines that this one can reach no more."""
         return self._post.lost()
 
     @property
@@ -195,7 +197,8 @@ class Gossip:
         What was under way is finished first, so with `overlap` a run that has saved goes on with other last bits than
         one that has not; it, and one that resumes from there, go on alike. The optimizer's state is the caller's.
         """
-        self._run(self._agent.cut())
+        present = self._run(self._agent.cut())
+        self.absent = frozenset(range(self._post.size)) - present
         return {"gossip": self._facts(), **self._agent.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
