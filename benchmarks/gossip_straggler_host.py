@@ -40,18 +40,20 @@ def build(steps: int, batch: int) -> tuple[RunConfig, Data, torch.nn.Module]:
 
 def main() -> None:
     folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-    steps, rate_steps, hosts = settings["steps"], settings["rate_steps"], settings["hosts"]
+    steps, hosts = settings["steps"], settings["hosts"]
     config, data, model = build(steps, settings["batch"] * hosts)
     world = tw.init(config.world)
     optimizer = build_optimizer(config.optimizer, model)
     network, method = enter(settings, model, optimizer, world)
-    step_s = settings["step_s"] * (settings["slow_factor"] if world.rank == settings["slow"] else 1.0)
+    factor = settings["slow_factor"] if world.rank == settings["slow"] else 1.0
+    step_s = settings["step_s"] * factor
+    keep_every = max(1, round(settings["keep_every"] / factor))  # as often by the clock
     began = time.monotonic()
     done, took_s = 0, []
     while done < min(steps, settings["stop_after"]) and not (method and method.ended):
         step_began = time.monotonic()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer.lr, config.schedule, min(done, rate_steps - 1), rate_steps)
+            group["lr"] = learning_rate(config.optimizer.lr, config.schedule, done, steps)
         samples = shard(done, config.train.global_batch, world.rank, world.size)
         batch = data.training_batch(samples, world.device)
         F.cross_entropy(network(batch.inputs).flatten(0, 1), batch.targets.flatten()).backward()
@@ -61,7 +63,7 @@ def main() -> None:
         optimizer.zero_grad()
         done += 1
         took_s.append(time.monotonic() - step_began)
-        if done % settings["keep_every"] == 0 and (method or world.rank == 0):
+        if done % keep_every == 0 and (method or world.rank == 0):
             flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
             np.save(folder / f"{world.rank}-{done}-{time.monotonic() - began:.3f}.tmp.npy", flat.numpy())
             written = next(folder.glob(f"{world.rank}-{done}-*.tmp.npy"))
