@@ -152,7 +152,7 @@ def doctor(
 def demo(
     hosts: Annotated[int, typer.Option(min=2, help="Emulated hosts, one rank each.")] = 4,
     rate: Annotated[str, typer.Option(help="Rate of each host's link: 100mbit, 1gbit.")] = "100mbit",
-    steps: Annotated[int | None, typer.Option(min=2, help="Steps of each run.", show_default="48")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Steps of each run.", show_default="40")] = None,
     folder: Annotated[Path, typer.Option(help="Where the runs and the plot go.")] = Path("runs/demo"),
 ) -> None:
     """Train a GPT on emulated hosts by each method, and show what each cost."""
