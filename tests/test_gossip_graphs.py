@@ -154,7 +154,7 @@ def test_every_round_is_stochastic_and_the_same_when_asked_again(kind: Any, size
     assert dense.sum(1) == pytest.approx(1, abs=1e-12)
     assert (dense >= 0).all()
     assert (dense == dense.T).all() or not mixing.symmetric
-    assert mixing.symmetric == graph.symmetric
+    assert mixing.symmetric or not graph.symmetric  # a round of a directed graph may happen to be symmetric
     assert build(kind, size, seed).mixing(round).rows == mixing.rows
     targets = {(i, j): weight for j in range(size) for i, weight in mixing.targets(j).items()}
     assert targets == {(i, j): dense[i, j] for i in range(size) for j in mixing.sources(i)}
