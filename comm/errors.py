@@ -52,6 +52,18 @@ class NonFiniteWeightsError(ArithmeticError):
         self.ranks = tuple(ranks)
 
 
+class NonFiniteGradientError(ArithmeticError):
+    """The mean gradient is NaN or infinite; raised on every rank, and no weight or state has changed.
+
+    Attributes: ranks whose own gradients were not finite; empty if only their sum was not.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        whose = f"the gradients of {name_ranks(ranks)} are" if ranks else "every rank's own is finite, but their sum is"
+        super().__init__(f"{whose} NaN or infinite; the step was not taken and the gradients are dropped")
+        self.ranks = tuple(ranks)
+
+
 class OwnWeightsError(NonFiniteWeightsError):
     """NonFiniteWeightsError of a machine that gossips: it has sent nothing, and goes on from what it is given."""
 

@@ -163,6 +163,26 @@ class CommQueue:
             self.monitor.announce(draw_verdict(self.name, here, self.rank, self.peers, why, survey))
         return self._failure or error
 
+    def beside(self, name: str) -> CommQueue:
+        """Another queue over the same ranks, with a group of its own, so that neither waits for the other. Collective.
+
+        Shares the meter, the monitor and the deadline. Close it when its user leaves.
+
+        Args:
+            name: the same on every rank, and different for each queue beside this one.
+        """
+        timeout = timedelta(seconds=2 * self.timeout_s)
+        private = dist.new_group(list(self.peers), timeout=timeout, use_local_synchronization=True)
+        assert isinstance(private, ProcessGroup)
+        return CommQueue(
+            private,
+            meter=self.meter,
+            monitor=self.monitor,
+            timeout_s=self.timeout_s,
+            peers=self.peers,
+            name=f"{self.name}/{name}",
+        )
+
     def close(self) -> None:
         """End the thread after what was submitted. The group and the monitor stay open: they are the caller's."""
         self._jobs.put(None)

@@ -1,0 +1,157 @@
+"""The gradient of one unit: summed inside the grads level at every micro-batch, beyond it once per step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.channel import Channel
+from thinwire.comm.partition.cascade import Cascade
+from thinwire.comm.partition.levels import Levels
+from thinwire.comm.partition.ownership import Ownership
+from thinwire.comm.partition.placement import Placement
+from thinwire.comm.partition.wires.wire import Wire
+from thinwire.comm.two_shot import split_evenly
+
+_PIECE = 256  # elements: what replicas of an owner share is cut in steps of this, so that blocks are whole
+
+
+class GradientShard:
+    """This rank's fp32 shard of a unit's gradient sum, and the way there.
+
+    take():   t <- t + reduce-scatter of the micro-batch's gradient over the levels of grads, fastest first
+    finish(): g <- 1/W (reduce-scatter of t over the levels between grads and optim; then summed over the replicas of
+              this rank's owner, where optim does not hold all ranks: reduce-scatter and all-gather)
+
+    Args:
+        wires: the format of every level's gradients, by its name.
+        feedback: levels beyond grads whose wire gets an error memory.
+    Attributes:
+        total: fp32, t: what the owners of this rank's group of grads have, in flat order; None before the first take().
+        own: the part of `total` that this rank owns; after finish() it holds g.
+        memories: what each level with feedback has left out, by name.
+    """
+
+    def __init__(
+        self,
+        ownership: Ownership,
+        levels: Levels,
+        placement: Placement,
+        wires: Mapping[str, Wire],
+        *,
+        feedback: frozenset[str] = frozenset(),
+    ) -> None:
+        self._ownership = ownership
+        self._wires = wires
+        self._world_size = levels.world_size
+        self._inside = Cascade(levels, 0, placement.grads)
+        self._between = Cascade(levels, placement.grads, placement.optim)
+        self._replicas = Cascade(levels, placement.optim, levels.depth)
+        self._owner = levels.number(levels.rank, placement.optim)
+        self._first = self._owner - self._between.leaf
+        self._counts = ownership.counts(self._first, self._first + self._between.leaves)
+        own = ownership.count(self._owner, self._owner + 1)
+        self._pieces = split_evenly(own, self._replicas.leaves, _PIECE)
+        self._feedback = feedback
+        self._is_empty = True
+        self.memories: dict[str, Tensor] = {}
+        self.total: Tensor | None = None
+
+    @property
+    def own(self) -> Tensor:
+        assert self.total is not None
+        start = sum(self._counts[: self._between.leaf])
+        return self.total[start : start + self._counts[self._between.leaf]]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been taken since the last clear()."""
+        return self._is_empty
+
+    @property
+    def takes_alone(self) -> bool:
+        """Whether take() needs no other rank."""
+        return self._inside.leaves == 1
+
+    @property
+    def finishes_alone(self) -> bool:
+        """Whether finish() needs no other rank."""
+        return self._between.leaves == self._replicas.leaves == 1
+
+    def take(self, channel: Channel | None, values: Tensor, key: int) -> None:
+        """Add one micro-batch's gradient.
+
+        Args:
+            values: fp32, the whole unit in flat order; not used afterwards by the caller.
+        """
+        if channel is not None:
+            values = self._inside.reduce_scatter(channel, values, self._inside_counts(), self._wires, key=key)
+        if self.total is None:
+            self.total = torch.empty(sum(self._counts), dtype=torch.float32, device=values.device)
+        if self._is_empty:
+            self.total.copy_(values)
+        else:
+            self.total.add_(values)
+        self._is_empty = False
+
+    def finish(self, channel: Channel | None, key: int) -> None:
+        """Leave the mean gradient of this rank's rows in `own`."""
+        assert self.total is not None
+        own = self.own
+        if channel is not None:
+            if self._between.leaves > 1:
+                own.copy_(
+                    self._between.reduce_scatter(
+                        channel, self.total, self._counts, self._wires, key=key, memories=self._all_memories()
+                    )
+                )
+            if self._replicas.leaves > 1:
+                own.copy_(self._sum_over_replicas(channel, own, key + self._between.leaves))
+        own.mul_(1.0 / self._world_size)
+
+    def clear(self) -> None:
+        """Forget what was taken; keep the memory."""
+        self._is_empty = True
+
+    def sent_bytes(self, micro_batches: int) -> Counter[str]:
+        """Payload bytes that this rank sends in a step, by level."""
+        sent: Counter[str] = Counter()
+        for level, count in self._inside.reduce_scatter_bytes(self._inside_counts(), self._wires).items():
+            sent[level] += micro_batches * count
+        sent.update(self._between.reduce_scatter_bytes(self._counts, self._wires))
+        sent.update(self._replicas.reduce_scatter_bytes(self._pieces, self._wires))
+        if self._replicas.leaves > 1:
+            sent.update(self._replicas.all_gather_bytes(self._piece_sizes()))
+        return sent
+
+    def _inside_counts(self) -> list[int]:
+        """Elements of each leaf of the grads level: the owners below it together."""
+        per_leaf = self._between.leaves
+        return [self._ownership.count(first, first + per_leaf) for first in range(0, self._ownership.owners, per_leaf)]
+
+    def _all_memories(self) -> Mapping[str, Tensor]:
+        assert self.total is not None
+        for level, count in self._between.reduce_scatter_counts(self._counts).items():
+            if level in self._feedback and level not in self.memories:
+                self.memories[level] = torch.zeros(count, dtype=torch.float32, device=self.total.device)
+        return self.memories
+
+    def _sum_over_replicas(self, channel: Channel, own: Tensor, key: int) -> Tensor:
+        """The same bits on every replica: each piece is summed by one of them, and encoded once for all."""
+        piece = self._replicas.reduce_scatter(channel, own, self._pieces, self._wires, key=key)
+        wire = self._wires[self._replicas.names[-1]]
+        payload = wire.encode(piece, [piece.numel()], key=key + self._replicas.leaves)
+        sizes = self._piece_sizes()
+        gathered = self._replicas.all_gather(channel, payload, sizes)
+        total = torch.empty_like(own)
+        for count, part, into in zip(self._pieces, gathered.split(sizes), total.split(self._pieces), strict=True):
+            if count:
+                wire.decode(part, into)
+        return total
+
+    def _piece_sizes(self) -> list[int]:
+        wire = self._wires[self._replicas.names[-1]]
+        return [wire.payload_bytes(count) for count in self._pieces]

@@ -1,0 +1,164 @@
+"""From FSDP2's backward to the gradient shards: inside the grads levels at once, beyond them once per step."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+
+from thinwire.comm.channel import Channel
+from thinwire.comm.queue import CommQueue, Pending
+from thinwire.kernels.all_finite import all_finite
+
+if TYPE_CHECKING:
+    from thinwire.comm.partition.optimizer import PartitionedUnit
+
+INSIDE, BEYOND = "partition/reduce", "partition/reduce_once"
+_UNDER_WAY = 2  # units whose whole gradients may wait for their exchange: more would cost memory
+
+
+class KeptInput(ReduceScatter):
+    """Does not reduce: keeps what FSDP2 would have reduced, for the hook that comes next."""
+
+    def __init__(self) -> None:
+        self.kept: Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: object,
+        async_op: bool = False,
+    ) -> None:
+        self.kept = input_tensor
+
+
+class MicroBatches:
+    """Takes each unit's gradient from FSDP2, and exchanges it on two queues.
+
+    `inside` carries what every micro-batch sends, with the gathers, in the order in which backward makes it; `beyond`
+    what is sent once per step: so a slow link never stands between backward and its next weights. What goes beyond the
+    grads levels is sent by finish(), or, while backward still runs, in a backward before which the user has said
+    model.set_requires_all_reduce(True).
+    """
+
+    def __init__(self, units: Sequence[PartitionedUnit], inside: CommQueue, beyond: CommQueue, *, rank: int) -> None:
+        self._units = units
+        self._inside = inside
+        self._beyond = beyond
+        self._rank = rank
+        self._under_way: deque[tuple[int, Pending[None], bool]] = deque()
+        self._sent: dict[int, Pending[None] | None] = {}  # None: needed no other rank
+        self._bad = False
+        self._handles = []
+        self._calls = 0
+        self._keep = [KeptInput() for _ in units]
+        for index, (part, keep) in enumerate(zip(units, self._keep, strict=True)):
+            part.unit.module.set_custom_reduce_scatter(keep)
+            part.unit.module.set_all_reduce_hook(partial(self._take, index))
+            for parameter in part.unit.parameters().values():
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_drop))
+
+    def finish(self) -> bool:
+        """Exchange all that has not been; returns whether this rank's own gradient was not finite.
+
+        Raises:
+            ValueError: some unit had no backward since the last step.
+        """
+        while self._under_way:
+            self._settle()
+        for part in self._units:
+            if part.gradients.is_empty:
+                raise ValueError(
+                    f"optimizer.step(): {part.unit.name} has no gradient: there was no backward since the last step; "
+                    "call loss.backward() first, without set_requires_gradient_sync(False) in the last micro-batch"
+                )
+        for index in reversed(range(len(self._units))):
+            self._send(index)
+        self._wait_for_sent()
+        return self._bad
+
+    def drop(self) -> None:
+        """Forget all gradients that have been taken."""
+        while self._under_way:
+            self._settle()
+        self._wait_for_sent()
+        self._sent.clear()
+        self._bad = False
+        for part in self._units:
+            part.gradients.clear()
+
+    def detach(self) -> None:
+        """Let backward leave gradients on FSDP2's own parameters again, unreduced."""
+        for handle in self._handles:
+            handle.remove()
+        for part in self._units:
+            part.unit.module.set_all_reduce_hook(None)  # type: ignore[arg-type]
+
+    def _take(self, index: int, reduced: Tensor) -> None:
+        """FSDP2's hook. Where the params level holds one rank, `reduced` is the unit's whole gradient."""
+        part, keep = self._units[index], self._keep[index]
+        flat = reduced if keep.kept is None else keep.kept
+        keep.kept = None
+        if index in self._sent:
+            raise ValueError(
+                f"loss.backward(): the gradient of {part.unit.name} has been sent already in this step; call "
+                "model.set_requires_all_reduce(True) only before the last backward of a step, or never: step() sends it"
+            )
+        self._bad = self._bad or not all_finite(flat)
+        self._calls += 1
+        work = partial(self._reduce, part, flat, self._calls * 1024)
+        sends = part.unit.sends_on_backward
+        if part.gradients.takes_alone:
+            work(None)
+            if sends:
+                self._send(index)
+            return
+        while len(self._under_way) >= _UNDER_WAY:
+            self._settle()
+        self._under_way.append((index, self._inside.submit(INSIDE, work), sends))
+
+    def _reduce(self, part: PartitionedUnit, flat: Tensor, key: int, channel: Channel | None) -> None:
+        with torch.no_grad():
+            part.gradients.take(channel, part.ownership.flatten_fsdp(flat), key)
+
+    def _settle(self) -> None:
+        index, pending, sends = self._under_way.popleft()
+        pending.wait()
+        if sends:
+            self._send(index)
+
+    def _send(self, index: int) -> None:
+        """Begin what goes beyond the grads levels."""
+        if index in self._sent:
+            return
+        gradients = self._units[index].gradients
+        self._calls += 1
+        work = partial(self._finish, index, self._calls * 1024)
+        if gradients.finishes_alone:
+            work(None)
+        self._sent[index] = None if gradients.finishes_alone else self._beyond.submit(BEYOND, work)
+
+    def _wait_for_sent(self) -> None:
+        for pending in self._sent.values():
+            if pending is not None:
+                pending.wait()
+
+    def _finish(self, index: int, key: int, channel: Channel | None) -> None:
+        with torch.no_grad():
+            self._units[index].gradients.finish(channel, key)
+
+
+def _drop(parameter: Tensor) -> None:
+    """FSDP2 hangs a view of what it believes to have reduced on every parameter."""
+    parameter.grad = None

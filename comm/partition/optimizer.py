@@ -1,0 +1,229 @@
+"""The optimizer of a partitioned model: each rank updates the rows that it owns, and all follow."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from thinwire.comm.channel import Channel
+from thinwire.comm.errors import NonFiniteGradientError
+from thinwire.comm.partition.gather import Gather
+from thinwire.comm.partition.gradient_shard import GradientShard
+from thinwire.comm.partition.levels import Levels
+from thinwire.comm.partition.micro_batches import MicroBatches
+from thinwire.comm.partition.ownership import Ownership
+from thinwire.comm.partition.placement import Placement
+from thinwire.comm.partition.process_groups import StateMeshes
+from thinwire.comm.partition.unit import Unit
+from thinwire.comm.partition.weight_shard import WeightShard
+from thinwire.comm.queue import CommQueue
+
+UPDATE = "partition/update"
+_NORM = "control/gradient_norm"
+
+
+class PartitionedUnit:
+    """One unit with its gradients, its gathers, its masters and the way of new weights.
+
+    masters: this rank's rows of the trained parameters, fp32, as DTensors on the mesh of the states, by name.
+    """
+
+    def __init__(
+        self, unit: Unit, ownership: Ownership, gradients: GradientShard, weights: WeightShard, gather: Gather
+    ) -> None:
+        self.unit = unit
+        self.ownership = ownership
+        self.gradients = gradients
+        self.weights = weights
+        self.gather = gather
+        self.masters: dict[str, nn.Parameter] = {}
+        self._built_on: tuple[int, ...] = ()
+
+    def build_masters(self, meshes: StateMeshes, *, separate: bool) -> None:
+        """Begin from the weights as they are: their own memory where that is fp32, otherwise a copy."""
+        for name, rows in self.weights.own_rows(self.unit.shard()).items():
+            local = rows.to(torch.float32, copy=True) if separate else rows
+            shape = self.unit.shapes[name]
+            whole = DTensor.from_local(
+                local,
+                meshes.state,
+                [Shard(0)] * 3,
+                run_check=False,
+                shape=shape,
+                stride=torch.empty(shape, device="meta").stride(),
+            )
+            self.masters[name] = nn.Parameter(whole)
+
+
+class PartitionedOptimizer(Optimizer):
+    """What partition() returns: a torch.optim.Optimizer, and a comm.method.Method.
+
+    step() ends the exchange of gradients, refuses them on every rank if one is not finite, clips, lets the inner
+    optimizer update the rows that this rank owns, spreads them, and forgets the gradients.
+
+    Attributes:
+        inner: the optimizer that was asked for, over the masters.
+        clip_norm: largest norm of the mean gradient; 0 = no limit.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[PartitionedUnit],
+        inner: Optimizer,
+        queue: CommQueue,
+        levels: Levels,
+        placement: Placement,
+        backward: MicroBatches,
+        *,
+        clip_norm: float,
+        micro_batches: int,
+    ) -> None:
+        self.inner = inner
+        self.clip_norm = clip_norm
+        self.micro_batches = micro_batches
+        self._units = units
+        self._queue = queue
+        self._levels = levels
+        self._placement = placement
+        self._backward = backward
+        self._norm: float | None = None
+        self._steps = 0
+        super().__init__(inner.param_groups, inner.defaults)
+        # The same lists, so that a scheduler that changes one changes the other.
+        self.param_groups = inner.param_groups
+        self.state = inner.state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what backward has left since the last step(), which has forgotten its own gradients already."""
+        self._backward.drop()
+        self._norm = None
+        for unit in self._units:
+            for master in unit.masters.values():
+                master.grad = None
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of the mean gradient, over all parameters; ends the exchange of gradients. Collective.
+
+        Raises:
+            NonFiniteGradientError: on every rank, if some gradient is NaN or infinite; names the ranks.
+        """
+        if self._norm is None:
+            bad = self._backward.finish()
+            self._norm = self._measure(bad)
+            for unit in self._units:
+                pieces = unit.ownership.named_pieces(unit.gradients.own, self._owner)
+                for name, master in unit.masters.items():
+                    master.grad = self._like(master, pieces[name])
+        return self._norm
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale the mean gradient down to a norm of max_norm; returns its norm before. Collective.
+
+        Raises: as gradient_norm().
+        """
+        norm = self.gradient_norm()
+        if norm > max_norm:
+            for unit in self._units:
+                unit.gradients.own.mul_(max_norm / (norm + 1e-6))
+        return norm
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update. Collective.
+
+        Raises:
+            ValueError: there was no backward since the last step.
+            NonFiniteGradientError: on every rank; weights and states are as before, and the gradients are dropped.
+            PeerLostError, PeerLateError, PeerFailedError: a rank is gone or overdue.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.clip_norm:
+            self.clip_grad_norm_(self.clip_norm)
+        else:
+            self.gradient_norm()
+        self.inner.step()
+        self._spread()
+        self._steps += 1
+        self.zero_grad()
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing yet."""
+        return {}
+
+    def predicted_bytes(self) -> dict[str, int]:
+        """Payload bytes that this rank sends in one step of `micro_batches` micro-batches, by level."""
+        sent: Counter[str] = Counter()
+        for unit in self._units:
+            sent.update(unit.gradients.sent_bytes(self.micro_batches))
+            sent.update(unit.weights.sent_bytes(unit.unit.weights_dtype))
+            calls = self.micro_batches * (1 if unit.unit.is_root else 2)
+            full = 1 if self._placement.secondary is not None else calls
+            sent.update(unit.gather.sent_bytes(full, calls - full))
+        return {level: count for level, count in sent.items() if count}
+
+    def remove(self) -> None:
+        """A partitioned model cannot be put together again in place: build it anew."""
+        self._backward.detach()
+
+    @property
+    def _owner(self) -> int:
+        return self._levels.number(self._levels.rank, self._placement.optim)
+
+    def _measure(self, bad: bool) -> float:
+        """The norm over all owners, the same bits on every rank."""
+        squares = sum(float(unit.gradients.own.double().square().sum()) for unit in self._units)
+        mine = torch.tensor([squares, float(bad)], dtype=torch.float64)
+        told = self._queue.submit(_NORM, lambda channel: channel.all_gather_same(mine)).wait()
+        copies = self._levels.world_size // self._levels.size(self._placement.optim)
+        total = float(told[:, 0].sum()) / copies
+        ranks = [self._queue.peers[rank] for rank, flag in enumerate(told[:, 1].tolist()) if flag]
+        if ranks or not math.isfinite(total):
+            self._backward.drop()
+            raise NonFiniteGradientError(ranks)
+        return math.sqrt(total)
+
+    def _spread(self) -> None:
+        waiting = []
+        for index, unit in enumerate(self._units):
+            new = {name: cast(DTensor, master).to_local().detach() for name, master in unit.masters.items()}
+            key = self._steps * len(self._units) + index
+            work = partial(self._spread_one, unit, new, key)
+            if unit.weights.spreads_alone:
+                work(None)
+            else:
+                waiting.append(self._queue.submit(UPDATE, work))
+        for pending in waiting:
+            pending.wait()
+
+    def _spread_one(self, unit: PartitionedUnit, new: Mapping[str, Tensor], key: int, channel: Channel | None) -> None:
+        with torch.no_grad():
+            unit.weights.spread(channel, unit.unit.shard(), new, key)
+
+    def _like(self, master: nn.Parameter, local: Tensor) -> DTensor:
+        assert isinstance(master, DTensor)
+        return DTensor.from_local(
+            local, master.device_mesh, master.placements, run_check=False, shape=master.shape, stride=master.stride()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.inner.load_state_dict(dict(state))

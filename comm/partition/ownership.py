@@ -1,0 +1,117 @@
+"""Who owns which rows of a unit's parameters, and how they lie in flat buffers. Integers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+def chunk(rows: int, parts: int, part: int) -> tuple[int, int]:
+    """Rows [start, stop) of a part, as torch.chunk and DTensor's Shard(0) cut them: the first parts are the larger."""
+    each = -(-rows // parts)
+    return min(part * each, rows), min((part + 1) * each, rows)
+
+
+class Ownership:
+    """The rows of each parameter that each owner has, cut first for the params level, then grads, then optim.
+
+    Owners are numbered as Levels numbers the ranks of a group. Every cut is along the first dimension and keeps rows
+    whole, so that an owner's rows of a parameter are the local shard of a DTensor with placements [Shard(0)] * 3 on the
+    mesh (params, grads, optim): other programs can load them. In the flat order of a unit, owner after owner, each has
+    its rows of every parameter, one after another.
+
+    Args:
+        shapes: of the unit's parameters, by name; a scalar counts as one row.
+        cuts: s_p, s_g / s_p, s_o / s_g: into how many parts each of the three cuts.
+    Attributes:
+        owners: s_o.
+        offsets: where in the flat order each owner's elements begin, and, last, where they end.
+    """
+
+    def __init__(self, shapes: Mapping[str, torch.Size], cuts: Sequence[int]) -> None:
+        self.shapes = dict(shapes)
+        self.cuts = tuple(cuts)
+        self.owners = math.prod(cuts)
+        self._row_numel = {name: math.prod(shape[1:]) for name, shape in self.shapes.items()}
+        self._rows = {name: [self._cut(name, owner) for owner in range(self.owners)] for name in self.shapes}
+        counts = [sum(self.numel(name, owner) for name in self.shapes) for owner in range(self.owners)]
+        self.offsets = [0, *accumulate(counts)]
+
+    def rows(self, name: str, owner: int) -> tuple[int, int]:
+        """Rows [start, stop) of a parameter that an owner has."""
+        return self._rows[name][owner]
+
+    def numel(self, name: str, owner: int) -> int:
+        """Elements of a parameter that an owner has."""
+        start, stop = self._rows[name][owner]
+        return (stop - start) * self._row_numel[name]
+
+    def count(self, first: int, last: int) -> int:
+        """Elements of the owners first, ..., last - 1."""
+        return self.offsets[last] - self.offsets[first]
+
+    def counts(self, first: int, last: int) -> list[int]:
+        """Elements of each of the owners first, ..., last - 1."""
+        return [self.count(owner, owner + 1) for owner in range(first, last)]
+
+    def pieces(self, sources: Mapping[str, Tensor], first: int, last: int) -> list[Tensor]:
+        """What the owners first, ..., last - 1 have, in flat order: views, the empty ones left out.
+
+        Args:
+            sources: for each parameter, contiguous rows that begin with those of owner `first`.
+        """
+        found = []
+        for owner in range(first, last):
+            for name, source in sources.items():
+                start, stop = self._rows[name][owner]
+                if start < stop:
+                    begin, width = self._rows[name][first][0], self._row_numel[name]
+                    found.append(source.view(-1)[(start - begin) * width : (stop - begin) * width])
+        return found
+
+    def named_pieces(self, flat: Tensor, owner: int) -> dict[str, Tensor]:
+        """One owner's flat elements, parameter by parameter, each in its shape: views; empty ones included."""
+        sizes = [self.numel(name, owner) for name in self.shapes]
+        parts = flat.split(sizes)
+        return {
+            name: part.view(-1, *shape[1:]) if shape else part.view(-1)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def chunks_of_fsdp(self, flat: Tensor) -> list[dict[str, Tensor]]:
+        """FSDP2's flat gradient of the unit as rows by name, chunk after chunk of the params level.
+
+        FSDP2 puts the chunks one after another, and in each the parameters, padded to the rows of the largest chunk.
+        """
+        each = {name: -(-self._count_rows(name) // self.cuts[0]) * self._row_numel[name] for name in self.shapes}
+        assert flat.numel() == self.cuts[0] * sum(each.values()), (flat.numel(), each, self.cuts)
+        table = flat.view(self.cuts[0], -1)
+        return [
+            dict(zip(each, row.split(list(each.values())), strict=True))  # contiguous: views
+            for row in table
+        ]
+
+    def flatten_fsdp(self, flat: Tensor) -> Tensor:
+        """FSDP2's flat gradient of the unit in flat order, fp32, as new memory."""
+        per_chunk = self.owners // self.cuts[0]
+        pieces: list[Tensor] = []
+        for index, sources in enumerate(self.chunks_of_fsdp(flat)):
+            pieces += self.pieces(sources, index * per_chunk, (index + 1) * per_chunk)
+        return torch.cat(pieces).to(torch.float32) if pieces else flat.new_empty(0, dtype=torch.float32)
+
+    def _count_rows(self, name: str) -> int:
+        shape = self.shapes[name]
+        return shape[0] if shape else 1
+
+    def _cut(self, name: str, owner: int) -> tuple[int, int]:
+        start, stop = 0, self._count_rows(name)
+        below = self.owners
+        for parts in self.cuts:
+            below //= parts
+            begin, end = chunk(stop - start, parts, owner // below % parts)
+            start, stop = start + begin, start + end
+        return start, stop

@@ -1,0 +1,82 @@
+"""What must be known of the inside of a module that fully_shard() manages. Read in torch 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+
+class Unit:
+    """The parameters that one FSDPModule gathers and reduces together.
+
+    Args:
+        module: with one parameter group.
+        names: of the root's parameters, by id().
+    Attributes:
+        name: of the module in the model.
+        shapes: of its trained parameters, whole, by name, in the order in which FSDP2 keeps them.
+        is_root: whether its weights stay gathered from forward to backward, as FSDP2 does with the root's.
+    """
+
+    def __init__(self, module: FSDPModule, name: str, names: Mapping[int, str], *, is_root: bool) -> None:
+        self.module = module
+        self.name = name or "the root"
+        self.is_root = is_root
+        (group,) = module._get_fsdp_state()._fsdp_param_groups
+        self._group = group
+        self._trained: dict[str, FSDPParam] = {
+            names[id(p.sharded_param)]: p for p in group.fsdp_params if p.sharded_param.requires_grad
+        }
+        self.shapes = {name: cast(DTensor, p.sharded_param).shape for name, p in self._trained.items()}
+
+    @property
+    def sends_on_backward(self) -> bool:
+        """What model.set_requires_all_reduce() has said for the backward under way."""
+        return bool(self._group.all_reduce_grads)
+
+    @property
+    def padded_numel(self) -> int:
+        """Elements that this rank puts into a gather: shards of all parameters, padded to the largest rank's."""
+        return sum(p.padded_sharded_param_size.numel() for p in self._group.fsdp_params)
+
+    @property
+    def gather_dtype(self) -> torch.dtype:
+        """What FSDP2 gathers: param_dtype of its policy, or the parameters' own."""
+        return self._group.mp_policy.param_dtype or self._group.fsdp_params[0].sharded_param.dtype
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What the shards are kept in."""
+        return self._group.fsdp_params[0].sharded_param.dtype
+
+    def shard(self) -> dict[str, Tensor]:
+        """This rank's rows of each trained parameter, in FSDP2's own memory."""
+        return {name: cast(DTensor, p.sharded_param).to_local().detach() for name, p in self._trained.items()}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trained parameters themselves: DTensors."""
+        return {name: p.sharded_param for name, p in self._trained.items()}
+
+    def versions(self) -> tuple[int, ...]:
+        """Changes whenever weights, frozen ones too, are changed in place or replaced."""
+        tensors = [cast(DTensor, p.sharded_param)._local_tensor for p in self._group.fsdp_params]
+        return tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
+
+
+def find_units(model: nn.Module) -> list[Unit]:
+    """All FSDPModules of a model that have parameters of their own, in the order of named_modules()."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return [
+        Unit(module, name, names, is_root=not name)
+        for name, module in found
+        if module._get_fsdp_state()._fsdp_param_groups
+    ]

@@ -1,0 +1,1 @@
+"""How values travel: gradients of one hop, weights that are gathered, weights that have changed."""
