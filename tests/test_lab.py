@@ -164,6 +164,11 @@ def _interfaces() -> set[str]:
     return set(parse_net_dev(Path("/proc/self/net/dev").read_text()))
 
 
+def _hear_ctrl_c() -> None:
+    """A shell starts what runs in the background, such as these tests, deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("victim", "number", "code"),
     [
@@ -181,7 +186,11 @@ def test_nothing_outlives_a_lab(tmp_path: Path, victim: str, number: int, code: 
     arguments = (
         ["--hosts", "2", "--rate", "100mbit", "--delay", "1ms"] if why_not(delay=True) is None else ["--hosts", "2"]
     )
-    starter = subprocess.Popen([*CLI, *arguments, "--", "sh", "-c", script], stderr=subprocess.DEVNULL)
+    starter = subprocess.Popen(
+        [*CLI, *arguments, "--", "sh", "-c", script],
+        stderr=subprocess.DEVNULL,
+        preexec_fn=_hear_ctrl_c,  # noqa: PLW1509
+    )
     try:
         until(lambda: len(list(tmp_path.iterdir())) == 2)
         (lab_id,) = set(running_labs()) - labs
