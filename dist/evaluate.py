@@ -53,6 +53,7 @@ def evaluate(
     queue: CommQueue,
     device: torch.device,
     precision: AbstractContextManager[Any],
+    forward_is_collective: bool = False,
 ) -> Evaluation:
     """Score `count` windows or examples, spread evenly over the data, `batch` at a time.
 
@@ -62,11 +63,15 @@ def evaluate(
     Args:
         model: gives scores; its mode is restored.
         precision: context to compute in, such as an autocast.
+        forward_is_collective: whether a rank without a batch of its own in the last round must compute all the same.
     """
     firsts = range(0, count, batch)
     rounds = math.ceil(len(firsts) / queue.size)
+    mine = firsts[queue.rank :: queue.size]
     sums = torch.zeros(rounds, 3, dtype=torch.float64)
-    for row, part in enumerate(_score(model, data, firsts[queue.rank :: queue.size], count, batch, device, precision)):
+    extra = firsts[: rounds - len(mine)] if forward_is_collective else []
+    scored = _score(model, data, [*mine, *extra], count, batch, device, precision)
+    for row, part in enumerate(scored[: len(mine)]):
         sums[row] = torch.tensor(part)
     gathered = queue.submit("control/evaluation", lambda channel: channel.all_gather_same(sums)).wait()
     return _of_sums(gathered.flatten(0, 1).T.tolist(), data.labelled)
@@ -89,7 +94,7 @@ def evaluate_alone(
 def _score(
     model: nn.Module,
     data: ValidationData,
-    firsts: range,
+    firsts: Sequence[int],
     count: int,
     batch: int,
     device: torch.device,

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from thinwire.comm.method import LocalMethod, Method, agreed_weights
+from thinwire.comm.method import agreed_weights
 from thinwire.dist.checkpoint import Checkpointer, CheckpointSettings, Loaded
+from thinwire.dist.engine.engine import Engine
 from thinwire.dist.run_folder import CHECKPOINTS, check_same_run
 from thinwire.dist.world import World
 
 
 class RunState:
-    """Model, optimizer, method and random numbers of this rank, with the checkpoints that hold them. Collective.
+    """What the engine holds and the random numbers of this rank, with the checkpoints that hold them. Collective.
 
     The place in the text needs no memory: it is a function of the step. The run's own checkpoints come first, also
     where checkpoint.resume names another run's: the same command starts there once, and continues the run from then on.
@@ -33,17 +33,13 @@ class RunState:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        method: Method,
+        engine: Engine,
         world: World,
         folder: Path,
         settings: CheckpointSettings,
         facts: Mapping[str, Any],
     ) -> None:
-        self._model = model
-        self._optimizer = optimizer
-        self._method = method
+        self._engine = engine
         self._device = world.device
         self._facts = {"settings": dict(facts)}
         self.step = 0
@@ -62,11 +58,9 @@ class RunState:
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps."""
-        per_rank: dict[str, Any] = {"method": self._method.state_dict(), "random": self._random_state()}
-        if isinstance(self._method, LocalMethod):
-            per_rank |= {"model": self._model.state_dict(), "optimizer": self._optimizer.state_dict()}
-        with agreed_weights(self._method):
-            self._checkpoints.save(self.step, self._shared(), per_rank, self._facts)
+        per_rank = {**self._engine.own_state(), "random": self._random_state()}
+        with agreed_weights(self._engine.method):
+            self._checkpoints.save(self.step, self._engine.shared_state(), per_rank, self._facts)
 
     def _load_other_run(self, source: Path, settings: CheckpointSettings, world: World) -> Loaded:
         checkpoints = Checkpointer(
@@ -83,24 +77,12 @@ class RunState:
         return loaded
 
     def _load_latest(self, checkpoints: Checkpointer) -> Loaded | None:
-        return checkpoints.load_latest(self._shared(), world_size_changed="all_ranks")
+        return checkpoints.load_latest(self._engine.shared_state(), world_size_changed="all_ranks")
 
     def _restore(self, loaded: Loaded) -> None:
         old = loaded.per_rank_of_all
-        method = (
-            loaded.per_rank["method"] if loaded.per_rank else {"all_ranks": [old[r]["method"] for r in sorted(old)]}
-        )
-        self._method.load_state_dict(method)  # first: it knows a state that another method wrote
+        self._engine.load_state(loaded.shared, loaded.per_rank, old)
         own = loaded.per_rank or old.get(self._rank)
-        trained = loaded.shared
-        if isinstance(self._method, LocalMethod):
-            # Among other ranks each begins at what all had agreed on, with the optimizer of one of the old ranks.
-            trained = loaded.per_rank or {**loaded.shared, "optimizer": old[self._rank % len(old)]["optimizer"]}
-        self._model.load_state_dict(trained["model"])
-        options = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
-        self._optimizer.load_state_dict(trained["optimizer"])
-        for group, present in zip(self._optimizer.param_groups, options, strict=True):
-            group.update(present)  # torch would go on with the checkpoint's, whatever the configuration says
         if own is not None:  # a rank that is new keeps the generators that it was started with
             torch.set_rng_state(own["random"]["cpu"])
             if "cuda" in own["random"] and self._device.type == "cuda":
@@ -109,10 +91,6 @@ class RunState:
         passed_over = "".join(f"\n  passed over {text}" for text in loaded.refused)
         changed = "" if loaded.per_rank else f", with the states of {loaded.world_size} ranks merged"
         self.resumed = f"continues from {loaded.path} after {loaded.step} steps{changed}{passed_over}"
-
-    def _shared(self) -> dict[str, Any]:
-        optimizer = {} if isinstance(self._method, LocalMethod) else self._optimizer.state_dict()
-        return {"model": self._model.state_dict(), "optimizer": optimizer}
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}

@@ -123,7 +123,9 @@ def compare_with_others(task: Task, resolved: Mapping[str, Any], world: World) -
     )
 
 
-def evaluate_task(settings: TrainSettings, model: nn.Module, data: TaskData, world: World) -> dict[str, float]:
+def evaluate_task(
+    settings: TrainSettings, model: nn.Module, data: TaskData, world: World, *, forward_is_collective: bool = False
+) -> dict[str, float]:
     """What a step's record says of the validation data. Collective."""
     validation = data.validation
     wanted = validation.count if settings.eval_windows == "all" else settings.eval_windows
@@ -135,6 +137,7 @@ def evaluate_task(settings: TrainSettings, model: nn.Module, data: TaskData, wor
         queue=world.queue,
         device=world.device,
         precision=computing(settings.precision, world.device),
+        forward_is_collective=forward_is_collective,
     )
     return result.record()
 

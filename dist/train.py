@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from thinwire.comm.method import ClippingMethod, DescribedMethod, LocalMethod, agreed_weights
+from thinwire.comm.errors import NonFiniteGradientError
+from thinwire.comm.method import DescribedMethod, LocalMethod, agreed_weights
 from thinwire.comm.settings import Settings
 from thinwire.dist.data import shard
-from thinwire.dist.engine.ddp import wrap_ddp
-from thinwire.dist.methods import attach
+from thinwire.dist.engine.build import build_engine
 from thinwire.dist.metrics import Record, Sink, StepTraffic
-from thinwire.dist.optimizers import build_optimizer, learning_rate
+from thinwire.dist.optimizers import learning_rate
 from thinwire.dist.run_folder import numeric_settings
 from thinwire.dist.run_state import RunState
 from thinwire.dist.step_reports import NonFiniteError, StepReports
@@ -112,16 +110,10 @@ class Trainer:
         resolved = config.resolved()
         compare_with_others(task, resolved, world)
         self.parameters = sum(p.numel() for p in model.parameters())
-        self.model = wrap_ddp(model, config.engine, world.group)
-        self.optimizer = build_optimizer(config.optimizer, model)
-        clip_norm = config.train.clip_norm
-        self.method = attach(
-            config.method, model=self.model, optimizer=self.optimizer, world=world, clip_norm=clip_norm
-        )
-        clipped = isinstance(self.method, ClippingMethod) and bool(self.method.clip_norm)
-        self._clip_norm = 0.0 if clipped else clip_norm
+        self.engine = build_engine(config, model, world, micro_batches=self.micro_batches)
+        self.method = self.engine.method
         facts = numeric_settings(resolved) | self.data.fingerprint
-        self.state = RunState(model, self.optimizer, self.method, world, config.folder, config.checkpoint, facts)
+        self.state = RunState(self.engine, world, config.folder, config.checkpoint, facts)
         self._reports = StepReports(world.queue)
         self._traffic = StepTraffic(world.queue.meter, world.interface.name)
         self._stopping_ranks: tuple[int, ...] = ()
@@ -186,25 +178,24 @@ class Trainer:
 
     def _train_step(self) -> Record:
         """One optimizer step; returns its record, but for what only all ranks together know."""
-        settings, queue = self.config.train, self.world.queue
-        began, exposed_before = time.monotonic(), queue.exposed_s
+        settings, engine = self.config.train, self.engine
+        began, exposed_before = time.monotonic(), engine.exposed_s
         lr = learning_rate(self.config.optimizer.lr, self.config.schedule, self.state.step, settings.steps)
-        for group in self.optimizer.param_groups:
+        for group in engine.optimizer.param_groups:
             group["lr"] = lr
         loss = self._forward_backward()
-        norm = self._clip()
         self._publish()  # the step before: its reports came in while this one computed
-        if isinstance(self.method, LocalMethod):
-            loss = loss if math.isfinite(norm) else math.nan  # this rank alone knows; all will, from the step's reports
-        elif not math.isfinite(norm):
-            # The averaged gradient is the same on all ranks, so all are here at this step: ask whose loss it was.
+        try:
+            norm = engine.step()
+        except NonFiniteGradientError:
+            # The mean gradient is the same on all ranks, so all are here at this step: ask whose loss it was.
             self._reports.send(loss, stop=False)
             ranks = self._reports.read().non_finite_ranks
-            raise NonFiniteError(self.state.step + 1, ranks, "the averaged gradient is not finite")
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+            raise NonFiniteError(self.state.step + 1, ranks, "the averaged gradient is not finite") from None
+        if isinstance(self.method, LocalMethod) and not math.isfinite(norm):
+            loss = math.nan  # this rank alone knows; all will, from the step's reports
         step_s = time.monotonic() - began
-        exposed_s = queue.exposed_s - exposed_before
+        exposed_s = engine.exposed_s - exposed_before
         traffic = self._traffic.since_last()
         self._reports.send(loss, bool(self.stop.reason))
         plain_bytes = 2 * 4 * self.parameters * (self.world.size - 1) / self.world.size
@@ -221,28 +212,20 @@ class Trainer:
         }
 
     def _forward_backward(self) -> float:
-        """Leave the gradient of the global batch's mean loss in the parameters; return this rank's own mean loss."""
+        """Add up the gradient of the global batch's mean loss; return this rank's own mean loss."""
         samples = shard(self.state.step, self.config.train.global_batch, self.world.rank, self.world.size)
         total = 0.0
         for i in range(self.micro_batches):
             part = samples[i * self.micro_batch : (i + 1) * self.micro_batch]
             batch = self.data.training_batch(part, self.world.device)
             last = i == self.micro_batches - 1
-            with nullcontext() if last else self.model.no_sync():
+            with self.engine.micro_batch(last=last):
                 with computing(self.config.train.precision, self.world.device):
-                    scores = self.model(batch.inputs)
+                    scores = self.engine.forward(batch.inputs)
                     loss = F.cross_entropy(scores.flatten(0, -2), batch.targets.flatten()) / self.micro_batches
-                loss.backward()
+                self.engine.backward(loss)
             total += float(loss.detach())
         return total
-
-    def _clip(self) -> float:
-        """Scale the averaged gradient down to train.clip_norm, unless the method has; returns its norm before."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self._clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip_norm, norm)
-        return float(norm)
 
     def _publish(self) -> None:
         """Complete the record of the last step with what the other ranks reported of it, and give it to the sinks."""
@@ -261,7 +244,13 @@ class Trainer:
 
     def _evaluate(self) -> Record:
         with agreed_weights(self.method):
-            return evaluate_task(self.config.train, self.model.module, self.data, self.world)
+            return evaluate_task(
+                self.config.train,
+                self.engine.network,
+                self.data,
+                self.world,
+                forward_is_collective=self.engine.forward_is_collective,
+            )
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0

@@ -37,7 +37,7 @@ class Trained:
     def __init__(self, trainer: Trainer, records: list[Record]) -> None:
         self.records = records
         self.losses = [record["loss"] for record in records]
-        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in trainer.model.module.named_parameters()}
+        self.weights: dict[str, Tensor] = {n: p.detach().clone() for n, p in trainer.engine.network.named_parameters()}
         self.state: dict[str, Any] = trainer.method.state_dict()
         self.resumed = trainer.state.resumed
         self.described = trainer.describe()

@@ -44,7 +44,7 @@ def trained(config: Any, size: int = SIZE) -> list[tuple[list[dict[str, Any]], d
                 def close(self) -> None: ...
 
             trainer.run([Sink()])
-            module = trainer.model.module
+            module = trainer.engine.network
             own = weights(module)
             with trainer.method.agreed():
                 return records, own, weights(module)
@@ -109,7 +109,7 @@ def test_a_gradient_that_one_rank_alone_finds_infinite_ends_the_run_on_all(tmp_p
         try:
             trainer = Trainer(config, world)
             if rank.rank == 1:
-                weight = trainer.model.module.embedding.weight
+                weight = trainer.engine.network.embedding.weight
                 weight.register_hook(lambda g: g * torch.inf if trainer.state.step == at_step else g)
             return trainer.run()
         finally:

@@ -43,7 +43,7 @@ class Trained:
     def __init__(self, trainer: Trainer, outcome: Outcome, records: list[Record]) -> None:
         self.outcome = outcome
         self.records = records
-        self.weights = {name: p.detach().clone() for name, p in trainer.model.module.named_parameters()}
+        self.weights = {name: p.detach().clone() for name, p in trainer.engine.network.named_parameters()}
         self.predicted = trainer.method.predicted_bytes()
         self.resumed = trainer.state.resumed
 
@@ -155,7 +155,7 @@ def test_another_runs_checkpoint_is_a_start_with_the_present_settings(tmp_path: 
         try:
             trainer = Trainer(small_config(tmp_path, *branch, "optimizer.weight_decay=0.25"), world)
             assert trainer.state.step == 2
-            return trainer.optimizer.param_groups
+            return trainer.engine.optimizer.param_groups
         finally:
             close_world(world)
 
@@ -246,7 +246,7 @@ def test_a_non_finite_loss_is_reported_by_all_and_taken_up_by_none(tmp_path: Pat
     before: dict[int, torch.Tensor] = {}
 
     def break_it(rank: int, trainer: Trainer) -> None:
-        module = trainer.model.module
+        module = trainer.engine.network
 
         def spoil(*_: object) -> None:
             if trainer.state.step == 2:
@@ -263,14 +263,14 @@ def test_a_non_finite_loss_is_reported_by_all_and_taken_up_by_none(tmp_path: Pat
         assert (error.step, error.ranks) == (3, (1,))
         assert "step 3" in str(error)
         assert "rank 1" in str(error)
-        assert torch.equal(trainer.model.module.embedding.weight, before[rank])
+        assert torch.equal(trainer.engine.network.embedding.weight, before[rank])
         assert torch.isfinite(before[rank]).all()
 
 
 def test_a_gradient_that_overflows_on_the_wire_is_reported(tmp_path: Path) -> None:
     def break_it(rank: int, trainer: Trainer) -> None:
         if rank == 0:
-            trainer.model.module.embedding.weight.register_hook(lambda gradient: gradient * 1e12)
+            trainer.engine.network.embedding.weight.register_hook(lambda gradient: gradient * 1e12)
 
     errors, _ = run_with_fault(small_config(tmp_path, "method.dtype=fp16"), 2, break_it)
     for error in errors:

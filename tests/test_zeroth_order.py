@@ -14,7 +14,6 @@ import torch
 import yaml
 from ranks import Rank, run_ranks, run_ranks_to_the_end
 from safetensors.torch import load_file
-from torch.nn.parallel import DistributedDataParallel
 from worlds import close_world, small_settings, small_text, thread_world
 
 from thinwire.comm.onebyte.exchange import Turn
@@ -226,8 +225,7 @@ def test_a_run_begins_at_the_weights_of_another(tmp_path: Path) -> None:
         try:
             trainer = Trainer(config_of(tmp_path, name="base", method=allreduce), world)
             trainer.run()
-            assert isinstance(trainer.model, DistributedDataParallel)
-            return {name: p.detach().clone() for name, p in trainer.model.module.named_parameters()}
+            return {name: p.detach().clone() for name, p in trainer.engine.network.named_parameters()}
         finally:
             close_world(world)
 
