@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from thinwire.comm.compress.feedback.ef21_weighted import SmoothnessEstimate as SmoothnessEstimate
     from thinwire.comm.compress.standalone import CompressedMean as CompressedMean
     from thinwire.comm.errors import CommError as CommError
+    from thinwire.comm.errors import NonFiniteGradientError as NonFiniteGradientError
     from thinwire.comm.errors import NonFiniteWeightsError as NonFiniteWeightsError
     from thinwire.comm.errors import OwnWeightsError as OwnWeightsError
     from thinwire.comm.errors import PeerFailedError as PeerFailedError
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from thinwire.comm.onebyte.membership.errors import NoQuorumError as NoQuorumError
     from thinwire.comm.onebyte.membership.settings import MembershipSettings as MembershipSettings
     from thinwire.comm.onebyte.optimizer import OneByteSPSA as OneByteSPSA
+    from thinwire.comm.partition.door import partition as partition
     from thinwire.launch.join import init as init
 
 # Name -> module that defines it (and its name there, if that is another). Nothing here imports torch until it is used.
@@ -78,6 +80,7 @@ _PUBLIC = {
     "MembershipSettings": "thinwire.comm.onebyte.membership.settings",
     "ModelMismatchError": "thinwire.comm.onebyte.errors",
     "NoQuorumError": "thinwire.comm.onebyte.membership.errors",
+    "NonFiniteGradientError": "thinwire.comm.errors",
     "NonFiniteWeightsError": "thinwire.comm.errors",
     "OneByteSPSA": "thinwire.comm.onebyte.optimizer",
     "OwnWeightsError": "thinwire.comm.errors",
@@ -99,6 +102,7 @@ _PUBLIC = {
     "gossip": "thinwire.comm.gossip.door",
     "init": "thinwire.launch.join",
     "local_sgd": "thinwire.comm.local_sgd.door",
+    "partition": "thinwire.comm.partition.door",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,6 +27,117 @@ from thinwire.comm.partition.wires.weights import build_gather_wire, build_updat
 from thinwire.comm.queue import CommQueue, open_queue
 
 
+def partition(
+    model: nn.Module,
+    mesh: MachineMesh | DeviceMesh,
+    optimizer: Callable[..., Optimizer],
+    *,
+    preset: str | None = None,
+    params: str | None = None,
+    grads: str | None = None,
+    optim: str | None = None,
+    secondary: str | None = None,
+    units: Sequence[nn.Module] | None = None,
+    parameter_groups: Sequence[Mapping[str, Any]] | None = None,
+    weights: Literal["fp32", "bf16"] = "fp32",
+    compute_dtype: torch.dtype | None = None,
+    gather: str | Mapping[str, Any] = "same",
+    update: str | Mapping[str, Any] = "same",
+    gradients: Mapping[str, str | Mapping[str, Any]] | None = None,
+    clip_norm: float = 0.0,
+    micro_batches: int = 1,
+    prefetch: int = 1,
+    queue: CommQueue | None = None,
+    timeout_s: float = 60.0,
+    seed: int = 0,
+    **options: Any,
+) -> PartitionedOptimizer:
+    """Shard parameters, gradients and optimizer state, each over a level of its own, and return the optimizer.
+
+    ZeRO (Rajbhandari et al. 2019, 1910.02054) with three degrees of sharding as in AMSP (Chen et al. 2023, 2311.00257)
+    and in the 3-level scheme for Frontier (Xu et al. 2025, 2501.04266). With levels of L_0 (fastest), L_1, ... groups,
+    W ranks and k micro-batches of gradients g_r,i, a step is
+
+        inside grads, for each i:   t <- t + sum of g_r,i over the ranks of the grads level    (reduce-scatter)
+        beyond grads, once:         g <- 1/(W k) sum of t over the world                       (reduce-scatter)
+        on each owner:              theta <- optimizer(theta, min(1, clip_norm / |g|) g)
+        beyond params, once:        each rank's parameter shard follows                         (all-gather)
+
+    so that the links beyond grads carry gradients once per step however many micro-batches there are, and a rank
+    receives psi / (L_0 ... L_{l-1}) (L_l - 1) / L_l elements at level l for a unit of psi. 1/k is the caller's: divide
+    the loss, as with DistributedDataParallel. Unlike the papers, each level has a wire format of its own, any nested
+    triple is allowed, and sums are divided once, so SGD sees the same mean as with DDP.
+
+    The model becomes one of torch's fully_shard() modules: train it as before. Gradients never appear in .grad;
+    step() forgets them. Every rank must run the same modules in the same order. Parameters that a backward did not
+    reach count as having gradient 0. On a meta device call model.to_empty() and initialise after this call.
+
+    Args:
+        model: fp32 parameters (bf16 ones with weights="bf16"), equal on all ranks; changed in place.
+        mesh: the levels of the machine: world.mesh, or a DeviceMesh of all ranks with named dimensions, slowest first.
+        optimizer: class or factory, called with the rows that this rank owns, fp32, and `options`: torch.optim.AdamW.
+            It must work element by element. Called twice: the first time on placeholders, to refuse bad options.
+        preset: zero1, zero2, zero3, hsdp, mics, hpz or frontier; params, grads, optim and secondary override it.
+        params, grads, optim: level over which each is sharded, none faster than the one before; "rank" = whole on each
+            rank. Default: node, node, world.
+        secondary: level faster than params that keeps its share of the weights between gathers; default: none.
+        units: modules that are gathered one at a time; default: the members of the outermost ModuleLists. What is in
+            none of them is a unit of its own.
+        parameter_groups: dicts as of torch.optim whose "params" are parameters, names or patterns such as "*.bias"; a
+            parameter belongs to the first group that names it. Default: all with requires_grad, in one group.
+        weights: what shards are kept in; with "bf16" owners keep fp32 masters, begun from the values before rounding.
+        compute_dtype: torch.bfloat16 computes and gathers in it; default: the weights' dtype.
+        gather: wire of weights in forward and backward: "same" = as they are, or a format.
+        update: wire of changed weights beyond params: "same", or a format such as {"kind": "difference", "bits": 4}.
+        gradients: wire by level, such as {"world": "int4"}; default: fp32.
+        clip_norm: largest norm of the mean gradient; 0 = no limit.
+        micro_batches: backwards per step, for predicted_bytes() alone.
+        prefetch: units gathered ahead of the one that computes, in forward and backward; 0 = none.
+        queue: CommQueue over all ranks; default: a new one.
+        timeout_s: deadline of one operation, in seconds, when no queue is given; torch's groups get it too.
+        seed: of stochastic rounding; the same on every rank.
+        options: for the optimizer, such as lr=3e-4.
+    Returns: the optimizer: step(), zero_grad(), clip_grad_norm_(), state_dict(); schedulers take it.
+    Raises:
+        ValueError: before anything is sent or changed: a setting is not allowed, or the model, the mesh or the
+            optimizer cannot be used; or, on every rank, the ranks begin with different weights.
+        NonFiniteGradientError: from step(), on every rank; no weight or state has changed.
+        PeerLostError, PeerLateError, PeerFailedError: from forward, backward or step(), when a rank is gone or overdue.
+
+    Example:
+        world = thinwire.init()
+        optimizer = thinwire.partition(
+            model, world.mesh, torch.optim.AdamW, params="pair", grads="node", optim="world", lr=3e-4
+        )
+    """
+    given = {"preset": preset, "params": params, "grads": grads, "optim": optim, "secondary": secondary}
+    settings = PartitionSettings.model_validate(
+        {
+            **{name: level for name, level in given.items() if level is not None},
+            "weights": weights,
+            "gather": gather,
+            "update": update,
+            "gradients": gradients or {},
+            "clip_norm": clip_norm,
+            "seed": seed,
+        }
+    )
+    return enter(
+        model,
+        mesh,
+        optimizer,
+        settings,
+        units=units,
+        parameter_groups=parameter_groups,
+        compute_dtype=compute_dtype,
+        micro_batches=micro_batches,
+        prefetch=prefetch,
+        queue=queue,
+        timeout_s=timeout_s,
+        **options,
+    )
+
+
 def enter(
     model: nn.Module,
     mesh: MachineMesh | DeviceMesh,
@@ -34,8 +145,10 @@ def enter(
     settings: PartitionSettings,
     *,
     units: Sequence[nn.Module] | None = None,
+    parameter_groups: Sequence[Mapping[str, Any]] | None = None,
     compute_dtype: torch.dtype | None = None,
     micro_batches: int = 1,
+    prefetch: int = 1,
     queue: CommQueue | None = None,
     timeout_s: float = 60.0,
     **options: Any,
