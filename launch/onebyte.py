@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thinwire.comm.onebyte.log import Log, LogError
+from thinwire.launch.complaint import complain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +33,7 @@ def replay(
         from thinwire.dist.checkpoint_export import export_safetensors
 
         if out.suffix != ".safetensors":
-            return _complain(f"--out {out}: give a name that ends with .safetensors", USER_ERROR)
+            return complain(f"--out {out}: give a name that ends with .safetensors", USER_ERROR)
         with Log.open(path, read_only=True) as log:
             model, weights = _open_base(log, base, device)
             began = time.monotonic()
@@ -84,7 +85,7 @@ def inspect(path: Path, as_json: bool) -> int:
             try:
                 manifest = Manifest.from_bytes(log.manifest)
             except ValueError as error:
-                return _complain(f"{path}: this thinwire cannot read its manifest: {error}", USER_ERROR)
+                return complain(f"{path}: this thinwire cannot read its manifest: {error}", USER_ERROR)
             summary = summarize(log, manifest)
         (print_json if as_json else print_summary)(summary, sys.stdout)
         return 0
@@ -139,23 +140,18 @@ def _run(work: Callable[[], int]) -> int:
     try:
         return work()
     except LogError as error:
-        return _complain(error, FAILURE)
+        return complain(error, FAILURE)
     except OSError as error:
-        return _complain(f"{error.filename}: {error.strerror}" if error.filename else error, USER_ERROR)
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else error, USER_ERROR)
     except (ValueError, ArithmeticError) as error:
         from thinwire.comm.onebyte.errors import WeightRangeError
         from thinwire.comm.onebyte.replay import ReplayError, WrongWeightsError
         from thinwire.dist.base_model import BaseModelError
 
         if isinstance(error, WrongWeightsError | WeightRangeError):
-            return _complain(error, FAILURE)
+            return complain(error, FAILURE)
         if isinstance(error, ReplayError | BaseModelError):
-            return _complain(error, USER_ERROR)
+            return complain(error, USER_ERROR)
         raise
     except KeyboardInterrupt:
-        return _complain("interrupted", INTERRUPTED)
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"thinwire: {message}", file=sys.stderr, flush=True)
-    return code
+        return complain("interrupted", INTERRUPTED)

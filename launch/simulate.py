@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from thinwire.comm.units import format_bytes, parse_delay, parse_rate
+from thinwire.launch.complaint import complain, is_ours
 
 if TYPE_CHECKING:
     from thinwire.dist.evaluate import Evaluation
@@ -60,9 +60,9 @@ def simulate(
             raise ValueError(f"--output: {output}: there is no folder {output.parent}; make it first")
         run = SimulatedRun(load_config(path, overrides), given)
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
-        return _complain(error, USER_ERROR)
+        return complain(error, USER_ERROR)
     print(run.describe(), flush=True)
     began = time.monotonic()
     views: list[View] = []
@@ -70,9 +70,9 @@ def simulate(
     try:
         views.append(run.run(show))
     except (NonFiniteError, OwnWeightsError) as error:
-        return _complain(f"at {run.simulation.now_s:.3f} virtual seconds: {error}", FAILURE)
+        return complain(f"at {run.simulation.now_s:.3f} virtual seconds: {error}", FAILURE)
     except KeyboardInterrupt:
-        return _complain(f"interrupted at {run.simulation.now_s:.3f} virtual seconds", INTERRUPTED)
+        return complain(f"interrupted at {run.simulation.now_s:.3f} virtual seconds", INTERRUPTED)
     _print_row(views[-1], first=len(views) == 1)
     print(summary(run, views[-1], given))
     print(f"simulated in {time.monotonic() - began:.1f} s")
@@ -199,16 +199,3 @@ def _other(merged: Evaluation, local: Sequence[Evaluation]) -> str:
         return f" nats a token; bits per byte {own:.4f} and {merged.bits_per_byte:.4f}"
     own = sum(score.accuracy for score in local) / len(local)
     return f" nats; accuracy {own:.4f} and {merged.accuracy:.4f}"
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether thinwire itself raised it: then its message is for the user, and a traceback would only hide it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("thinwire.")
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"thinwire: {message}", file=sys.stderr, flush=True)
-    return code

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from thinwire.launch.complaint import complain, is_ours
+
 if TYPE_CHECKING:
     from thinwire.dist.config import RunConfig
     from thinwire.dist.metrics import Sink
@@ -28,7 +30,7 @@ def show(path: Path, overrides: Sequence[str]) -> int:
     try:
         print(dump_config(load_config(path, overrides)), end="")
     except ConfigError as error:
-        return _complain(error, USER_ERROR)
+        return complain(error, USER_ERROR)
     return 0
 
 
@@ -48,11 +50,11 @@ def main(path: Path, overrides: Sequence[str]) -> int:
         config = load_config(path, overrides)
         world = join(detect(), config.world, config.mesh)
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
-        return _complain(error, USER_ERROR)
+        return complain(error, USER_ERROR)
     except CommError as error:
-        return _complain(error, FAILURE)
+        return complain(error, FAILURE)
     try:
         outcome, together = _train(config, world)
         world.close(together=together)
@@ -141,7 +143,7 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     if isinstance(error, RuntimeError) and not isinstance(error, (CommError, ModelMismatchError)):
         error = world.queue.blame(error, "train")
     told = f"rank {world.rank} on {world.host}: {type(error).__name__}: {error}"
-    users_mistake = isinstance(error, ValueError) and _is_ours(error)
+    users_mistake = isinstance(error, ValueError) and is_ours(error)
     code = USER_ERROR if users_mistake else FAILURE
     if isinstance(error, KeyboardInterrupt):
         code = INTERRUPTED
@@ -153,9 +155,9 @@ def _leave(world: World, error: BaseException) -> NoReturn:
         print(told, file=sys.stderr)
     elif isinstance(error, PreflightError):
         if world.local_rank == 0:  # every rank has the same text: once on each host
-            _complain(error, code)
+            complain(error, code)
     elif users_mistake:
-        _complain(f"rank {world.rank}: {error}", code)
+        complain(f"rank {world.rank}: {error}", code)
     else:
         print(told, file=sys.stderr)
         traceback.print_exception(error)
@@ -163,16 +165,3 @@ def _leave(world: World, error: BaseException) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether thinwire itself raised it: then its message is for the user, and a traceback would only hide it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("thinwire.")
-
-
-def _complain(message: object, code: int) -> int:
-    print(f"thinwire: {message}", file=sys.stderr, flush=True)
-    return code
