@@ -22,7 +22,7 @@ from thinwire.comm.partition.process_groups import StateMeshes, cuts_of
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.unit import Unit, find_units
 from thinwire.comm.partition.weight_shard import WeightShard
-from thinwire.comm.partition.wires.gradients import PlainGradients
+from thinwire.comm.partition.wires.gradients import formats_of
 from thinwire.comm.partition.wires.weights import build_gather_wire, build_update_wire
 from thinwire.comm.queue import CommQueue, open_queue
 
@@ -209,7 +209,7 @@ def _partition_unit(
     unit: Unit, levels: Levels, placement: Placement, settings: PartitionSettings, queue: CommQueue
 ) -> PartitionedUnit:
     ownership = Ownership(unit.shapes, cuts_of(levels, placement))
-    formats = {name: settings.gradients.get(name, PlainGradients()) for name in levels.names}
+    formats = formats_of(settings.gradients, levels, placement)
     feedback = frozenset(name for name, one in formats.items() if one.feedback)
     wires = {name: one.build() for name, one in formats.items()}
     gradients = GradientShard(ownership, levels, placement, wires, feedback=feedback)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from thinwire.comm.partition.placement import PRESETS, preset
 from thinwire.comm.partition.wires.gradients import GradientWireSettings
-from thinwire.comm.partition.wires.weights import GatherWireSettings, UpdateWireSettings
+from thinwire.comm.partition.wires.weights import GatherWireSettings, SameWeights, UpdateWireSettings
 from thinwire.comm.settings import Settings
 
 LevelName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -38,8 +38,8 @@ class PartitionSettings(Settings):
     optim: LevelName = "world"
     secondary: LevelName | None = None
     weights: Literal["fp32", "bf16"] = "fp32"
-    gather: GatherWireSettings = "same"
-    update: UpdateWireSettings = "same"
+    gather: GatherWireSettings = SameWeights()
+    update: UpdateWireSettings = SameWeights()
     gradients: dict[LevelName, GradientWireSettings] = Field(default_factory=dict)
     clip_norm: float = Field(0.0, ge=0)
     seed: int = Field(0, ge=0, lt=1 << 32)

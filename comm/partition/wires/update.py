@@ -1,9 +1,11 @@
-"""Changed weights as they are."""
+"""Changed weights as they are, rounded to codes, or as coded differences."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from thinwire.comm.partition.wires.block_codes import BlockCodes
 
 
 class PlainUpdate:
@@ -19,3 +21,51 @@ class PlainUpdate:
 
     def apply(self, payload: Tensor, weights: Tensor) -> None:
         weights.copy_(payload.view(weights.dtype))
+
+
+class QuantizedUpdate:
+    """w <- Q(new): the weights themselves as block codes."""
+
+    is_exact = False
+
+    def __init__(self, codes: BlockCodes) -> None:
+        self.codes = codes
+
+    def payload_bytes(self, numel: int, dtype: torch.dtype) -> int:
+        return self.codes.payload_bytes(numel)
+
+    def encode(self, new: Tensor, old: Tensor, *, key: int) -> Tensor:
+        return _encode(self.codes, new, key)
+
+    def apply(self, payload: Tensor, weights: Tensor) -> None:
+        weights.copy_(self.codes.decode(payload, weights.numel()))
+
+
+class DifferenceUpdate:
+    """w <- w + Q(new - w), added in fp32 and then rounded to the weights' dtype.
+
+    Jia et al. 2024 (2410.15526). What Q and the rounding leave out is not lost: the owner's fp32 master keeps it, so
+    the next difference contains it.
+    """
+
+    is_exact = False
+
+    def __init__(self, codes: BlockCodes) -> None:
+        self.codes = codes
+
+    def payload_bytes(self, numel: int, dtype: torch.dtype) -> int:
+        return self.codes.payload_bytes(numel)
+
+    def encode(self, new: Tensor, old: Tensor, *, key: int) -> Tensor:
+        return _encode(self.codes, new - old, key)
+
+    def apply(self, payload: Tensor, weights: Tensor) -> None:
+        difference = self.codes.decode(payload, weights.numel())
+        weights.copy_(difference.add_(weights))
+
+
+def _encode(codes: BlockCodes, values: Tensor, key: int) -> Tensor:
+    payload = torch.zeros(codes.payload_bytes(values.numel()), dtype=torch.uint8, device=values.device)
+    if values.numel():
+        codes.encode(values, payload, key=key)
+    return payload
