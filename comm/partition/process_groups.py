@@ -14,11 +14,12 @@ from thinwire.comm.partition.placement import Placement
 
 
 class StateMeshes:
-    """params: the 1-D mesh for fully_shard. state: (params, grads, optim), on which an owner's rows are a DTensor's
-    local shard with placements [Shard(0)] * 3.
+    """params: the 1-D mesh for fully_shard. state: of those of (params, grads, optim) that cut at all, on which an
+    owner's rows are a DTensor's local shard with placement Shard(0) in every dimension.
 
-    Torch sorts the ranks of a group unless told otherwise, and DTensor believes the mesh: both must say the same.
-    Collective: all ranks build them at the same point.
+    A dimension of one rank would cut nothing, but DTensor takes four to eight times as long over the first step of an
+    optimizer for each dimension more. Torch sorts the ranks of a group unless told otherwise, and DTensor believes the
+    mesh: both must say the same. Collective: all ranks build them at the same point.
     """
 
     def __init__(self, levels: Levels, placement: Placement, device_type: str, timeout_s: float) -> None:
@@ -27,10 +28,15 @@ class StateMeshes:
         number = levels.number(levels.rank, placement.optim)
         place = [int(i) for i in torch.unravel_index(torch.tensor(number), cuts)]
         lines = (owners[:, place[1], place[2]], owners[place[0], :, place[2]], owners[place[0], place[1], :])
-        self.groups: list[ProcessGroup] = [_new_group(line.tolist(), timeout_s) for line in lines]
-        self.params = DeviceMesh.from_group(self.groups[0], device_type, mesh=lines[0], mesh_dim_names=("params",))
+        first = _new_group(lines[0].tolist(), timeout_s)
+        self.params = DeviceMesh.from_group(first, device_type, mesh=lines[0], mesh_dim_names=("params",))
+        kept = [dim for dim in range(3) if cuts[dim] > 1] or [0]
+        self.groups: list[ProcessGroup] = [_new_group(lines[dim].tolist(), timeout_s) if dim else first for dim in kept]
         self.state = DeviceMesh.from_group(
-            self.groups, device_type, mesh=owners, mesh_dim_names=("params", "grads", "optim")
+            self.groups if len(kept) > 1 else self.groups[0],
+            device_type,
+            mesh=owners.view([cuts[dim] for dim in kept]),
+            mesh_dim_names=tuple(("params", "grads", "optim")[dim] for dim in kept),
         )
 
 
