@@ -69,7 +69,8 @@ def test_all_groups_that_levels_make_get_torchs_results_in_torchs_order(sizes: t
             whole = torch.empty(n * 21)
             whole[me * 21 : me * 21 + 21] = own
             waiting = comm.all_gather_into_tensor(whole, whole[me * 21 : me * 21 + 21], group, async_op=True)
-            assert waiting.wait() and waiting.is_completed()
+            assert waiting.wait()
+            assert waiting.is_completed()
             assert torch.equal(whole, total(ranks, n * 21))
             mine = integers(place.rank, 1037).requires_grad_()
             comm.all_reduce(mine, dist.ReduceOp.SUM, group)
@@ -129,7 +130,7 @@ def test_what_is_small_or_exact_is_not_rounded_and_what_is_not_ours_goes_to_torc
         comm.all_reduce(most, dist.ReduceOp.MAX)
         comm.all_reduce(counts)
         comm.all_reduce(fine)
-        assert most[0] == 1 and counts[1] == 2 and fine[0] == 2
+        assert (most[0], counts[1], fine[0]) == (1, 2, 2)
         assert comm.metrics()["passed_on"] == 3
         assert comm.barrier() == "torch's own"
         poisoned = torch.ones(64)
