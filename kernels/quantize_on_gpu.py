@@ -39,7 +39,7 @@ def _shared(bits: int, block: int, tile: int, stochastic: bool) -> dict[str, int
 
 
 @triton_part
-def _packed(codes: tl.tensor, BITS: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
+def triton_packed(codes: tl.tensor, BITS: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
     """Codes in blocks, int32, as bytes (TILE BITS / 8,): two's complement, the first in the low bits."""
     PER_BYTE: tl.constexpr = 8 // BITS
     fields = tl.reshape(codes, (TILE // PER_BYTE, PER_BYTE)) & ((1 << BITS) - 1)
@@ -47,7 +47,7 @@ def _packed(codes: tl.tensor, BITS: tl.constexpr, TILE: tl.constexpr) -> tl.tens
 
 
 @triton_part
-def _decoded(
+def triton_decoded(
     codes: tl.tensor,
     scales: tl.tensor,
     left: tl.tensor,
@@ -75,7 +75,7 @@ def _decoded(
 
 
 @triton_part
-def _sum(
+def triton_sum(
     codes: tl.tensor,
     scales: tl.tensor,
     left: tl.tensor,
@@ -88,20 +88,20 @@ def _sum(
     TILE: tl.constexpr,
     WHOLE: tl.constexpr,
 ) -> tl.tensor:
-    total = _decoded(codes, scales, left, BITS, GROUP, TILE, WHOLE)
+    total = triton_decoded(codes, scales, left, BITS, GROUP, TILE, WHOLE)
     for _ in tl.static_range(1, UNROLLED):
         codes += codes_stride
         scales += scales_stride
-        total += _decoded(codes, scales, left, BITS, GROUP, TILE, WHOLE)
+        total += triton_decoded(codes, scales, left, BITS, GROUP, TILE, WHOLE)
     for _ in range(UNROLLED, N):
         codes += codes_stride
         scales += scales_stride
-        total += _decoded(codes, scales, left, BITS, GROUP, TILE, WHOLE)
+        total += triton_decoded(codes, scales, left, BITS, GROUP, TILE, WHOLE)
     return total
 
 
 @triton_part
-def _rounded(
+def triton_rounded(
     x: tl.tensor,
     lane: tl.tensor,
     stirred: tl.tensor,
@@ -179,8 +179,8 @@ def quantize_kernel(
     if BITS == 1:
         code, scale, decoded = _signs(total, lane, left, GROUP, TREE, TILE)
     else:
-        code, scale, decoded = _rounded(total, lane, stirred, offset + start, BITS, GROUP, TILE, STOCHASTIC)
-    packed = _packed(code, BITS, TILE)
+        code, scale, decoded = triton_rounded(total, lane, stirred, offset + start, BITS, GROUP, TILE, STOCHASTIC)
+    packed = triton_packed(code, BITS, TILE)
     if left >= TILE:
         tl.store(codes + byte, packed)
         tl.store(scales + row, scale)
@@ -221,9 +221,9 @@ def reduce_kernel(
     codes += start // 8 * BITS
     scales += start // GROUP
     if left >= TILE:
-        total = _sum(codes, scales, left, codes_stride, scales_stride, N, UNROLLED, BITS, GROUP, TILE, True)
+        total = triton_sum(codes, scales, left, codes_stride, scales_stride, N, UNROLLED, BITS, GROUP, TILE, True)
     else:
-        total = _sum(codes, scales, left, codes_stride, scales_stride, N, UNROLLED, BITS, GROUP, TILE, False)
+        total = triton_sum(codes, scales, left, codes_stride, scales_stride, N, UNROLLED, BITS, GROUP, TILE, False)
     total *= factor
     if REQUANTIZE:
         out += start // 8 * BITS
@@ -232,8 +232,8 @@ def reduce_kernel(
             # Behind the last element a sum of signs is not zero.
             code, scale, _ = _signs(tl.where(lane < left, total, 0.0), lane, left, GROUP, TREE, TILE)
         else:
-            code, scale, _ = _rounded(total, lane, stirred, offset + start, BITS, GROUP, TILE, STOCHASTIC)
-        packed = _packed(code, BITS, TILE)
+            code, scale, _ = triton_rounded(total, lane, stirred, offset + start, BITS, GROUP, TILE, STOCHASTIC)
+        packed = triton_packed(code, BITS, TILE)
         if left >= TILE:
             tl.store(out + byte, packed)
             tl.store(out_scales + row, scale)
