@@ -50,6 +50,8 @@ class MicroBatches:
     what is sent once per step: so a slow link never stands between backward and its next weights. What goes beyond the
     grads levels is sent by finish(), or, while backward still runs, in a backward before which the user has said
     model.set_requires_all_reduce(True).
+
+    Attributes: calls, the exchanges so far, from which the keys of random numbers are made; the same on every rank.
     """
 
     def __init__(self, units: Sequence[PartitionedUnit], inside: CommQueue, beyond: CommQueue, *, rank: int) -> None:
@@ -61,7 +63,7 @@ class MicroBatches:
         self._sent: dict[int, Pending[None] | None] = {}  # None: needed no other rank
         self._bad = False
         self._handles = []
-        self._calls = 0
+        self.calls = 0
         self._keep = [KeptInput() for _ in units]
         for index, (part, keep) in enumerate(zip(units, self._keep, strict=True)):
             part.unit.module.set_custom_reduce_scatter(keep)
@@ -116,8 +118,8 @@ class MicroBatches:
                 "model.set_requires_all_reduce(True) only before the last backward of a step, or never: step() sends it"
             )
         self._bad = self._bad or not all_finite(flat)
-        self._calls += 1
-        work = partial(self._reduce, part, flat, self._calls * 1024)
+        self.calls += 1
+        work = partial(self._reduce, part, flat, self.calls * 1024)
         sends = part.unit.sends_on_backward
         if part.gradients.takes_alone:
             work(None)
@@ -143,8 +145,8 @@ class MicroBatches:
         if index in self._sent:
             return
         gradients = self._units[index].gradients
-        self._calls += 1
-        work = partial(self._finish, index, self._calls * 1024)
+        self.calls += 1
+        work = partial(self._finish, index, self.calls * 1024)
         if gradients.finishes_alone:
             work(None)
         self._sent[index] = None if gradients.finishes_alone else self._beyond.submit(BEYOND, work)

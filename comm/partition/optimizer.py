@@ -6,11 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from thinwire.comm.channel import Channel
@@ -18,10 +18,12 @@ from thinwire.comm.errors import NonFiniteGradientError
 from thinwire.comm.partition.gather import Gather
 from thinwire.comm.partition.gradient_shard import GradientShard
 from thinwire.comm.partition.levels import Levels
+from thinwire.comm.partition.masters import Masters
 from thinwire.comm.partition.micro_batches import MicroBatches
 from thinwire.comm.partition.ownership import Ownership
 from thinwire.comm.partition.placement import Placement
 from thinwire.comm.partition.process_groups import StateMeshes
+from thinwire.comm.partition.state import PartitionedState
 from thinwire.comm.partition.unit import Unit
 from thinwire.comm.partition.weight_shard import WeightShard
 from thinwire.comm.queue import CommQueue
@@ -31,10 +33,7 @@ _NORM = "control/gradient_norm"
 
 
 class PartitionedUnit:
-    """One unit with its gradients, its gathers, its masters and the way of new weights.
-
-    masters: this rank's rows of the trained parameters, fp32, as DTensors on the mesh of the states, by name.
-    """
+    """One unit with its gradients, its gathers, its masters and the way of new weights."""
 
     def __init__(
         self, unit: Unit, ownership: Ownership, gradients: GradientShard, weights: WeightShard, gather: Gather
@@ -44,23 +43,21 @@ class PartitionedUnit:
         self.gradients = gradients
         self.weights = weights
         self.gather = gather
-        self.masters: dict[str, nn.Parameter] = {}
-        self._built_on: tuple[int, ...] = ()
+        self._masters: Masters | None = None
 
     def build_masters(self, meshes: StateMeshes, *, separate: bool) -> None:
         """Begin from the weights as they are: their own memory where that is fp32, otherwise a copy."""
-        for name, rows in self.weights.own_rows(self.unit.shard()).items():
-            local = rows.to(torch.float32, copy=True) if separate else rows
-            shape = self.unit.shapes[name]
-            whole = DTensor.from_local(
-                local,
-                meshes.state,
-                [Shard(0)] * 3,
-                run_check=False,
-                shape=shape,
-                stride=torch.empty(shape, device="meta").stride(),
-            )
-            self.masters[name] = nn.Parameter(whole)
+        self._masters = Masters(self.unit, self.weights, meshes.state, separate=separate)
+
+    @property
+    def own(self) -> Masters:
+        """What the optimizer changes."""
+        assert self._masters is not None
+        return self._masters
+
+    @property
+    def masters(self) -> dict[str, nn.Parameter]:
+        return self.own.parameters
 
 
 class PartitionedOptimizer(Optimizer):
@@ -96,6 +93,7 @@ class PartitionedOptimizer(Optimizer):
         self._backward = backward
         self._norm: float | None = None
         self._steps = 0
+        self._remembered = PartitionedState(units, inner, levels, placement)
         super().__init__(inner.param_groups, inner.defaults)
         # The same lists, so that a scheduler that changes one changes the other.
         self.param_groups = inner.param_groups
@@ -157,6 +155,8 @@ class PartitionedOptimizer(Optimizer):
             self.clip_grad_norm_(self.clip_norm)
         else:
             self.gradient_norm()
+        for unit in self._units:
+            unit.own.follow()
         self.inner.step()
         self._spread()
         self._steps += 1
@@ -202,7 +202,7 @@ class PartitionedOptimizer(Optimizer):
     def _spread(self) -> None:
         waiting = []
         for index, unit in enumerate(self._units):
-            new = {name: cast(DTensor, master).to_local().detach() for name, master in unit.masters.items()}
+            new = {name: unit.own.local(name) for name in unit.masters}
             key = self._steps * len(self._units) + index
             work = partial(self._spread_one, unit, new, key)
             if unit.weights.spreads_alone:
@@ -211,6 +211,8 @@ class PartitionedOptimizer(Optimizer):
                 waiting.append(self._queue.submit(UPDATE, work))
         for pending in waiting:
             pending.wait()
+        for unit in self._units:
+            unit.own.note_weights()
 
     def _spread_one(self, unit: PartitionedUnit, new: Mapping[str, Tensor], key: int, channel: Channel | None) -> None:
         with torch.no_grad():
@@ -223,7 +225,46 @@ class PartitionedOptimizer(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
+        """Everything that a resumed run needs beside model.state_dict(), by the parameter's name; no copies.
+
+        Returns a tree of
+            state, param_groups: as torch's, with names for numbers; tensors of a parameter's shape are DTensors, whose
+                local shard are the rows that this rank owns.
+            masters: fp32 DTensors by name, where they are not the weights themselves.
+            steps, draws: how often step() was called, and random numbers were drawn.
+            own: of this rank alone, so to be kept apart: {"rank3": {"topology": ..., "memories": ...}}; empty without
+                error feedback.
+        All but `own` is equal on every rank, or a DTensor: `shared` of a thinwire Checkpointer, and a tree for
+        torch.distributed.checkpoint. state_template() says how to read it.
+        """
+        return self._remembered.save(*self._counters())
+
+    def state_template(self) -> dict[str, Any]:
+        """What state_dict() will look like once there was a step(), filled with zeros: to read a checkpoint into.
+
+        torch.distributed.checkpoint.load() overwrites it; a thinwire Checkpointer leaves it alone. Then
+        load_state_dict() what was read. On other ranks, levels or states than those that wrote it: without "own".
+        """
+        return self._remembered.template()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.inner.load_state_dict(dict(state))
+        """Take back what state_dict() gave, here or on other ranks, after model.load_state_dict(). Collective.
+
+        Tensors may be DTensors as state_template() has them, or whole. The number of ranks, the levels and what is
+        sharded over them may have changed: optimizer states, masters and counters are then as before; what error
+        feedback has kept belongs to slices that no longer exist, and is dropped with a warning. Where only the writer
+        kept masters, they become the weights; where only this optimizer does, they begin from the weights.
+
+        Raises:
+            ValueError: the checkpoint belongs to another model, or other parameter groups; nothing has been changed.
+        """
+        self.zero_grad()
+        counters, must_spread = self._remembered.load(state)
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+        self._steps, self._backward.calls = counters
+        if must_spread:
+            self._spread()
+
+    def _counters(self) -> tuple[int, int]:
+        return self._steps, self._backward.calls

@@ -1,0 +1,157 @@
+"""What a partitioned optimizer remembers, as a tree for checkpoints, and back on any other ranks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from thinwire.comm.partition.levels import Levels
+from thinwire.comm.partition.named_states import localize, name_states, refuse_other_names, stand_in, take_states
+from thinwire.comm.partition.placement import Placement
+
+if TYPE_CHECKING:
+    from thinwire.comm.partition.optimizer import PartitionedUnit
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A trained parameter: its unit, its name there, its master, and which rows this rank owns."""
+
+    unit: PartitionedUnit
+    name: str
+    parameter: nn.Parameter
+    rows: tuple[int, int]
+
+
+class PartitionedState:
+    """See PartitionedOptimizer.state_dict() for the tree."""
+
+    def __init__(
+        self, units: Sequence[PartitionedUnit], inner: Optimizer, levels: Levels, placement: Placement
+    ) -> None:
+        self._units = units
+        self._inner = inner
+        self._levels = levels
+        self._placement = placement
+
+    def save(self, steps: int, draws: int) -> dict[str, Any]:
+        """The tree; its tensors are those in use."""
+        masters = {name: one.parameter.detach() for name, one in self._owned().items() if one.unit.own.separate}
+        memories = {unit.unit.name: dict(unit.gradients.memories) for unit in self._units if unit.gradients.memories}
+        own = {self._rank: {"topology": self._topology(), "memories": memories}} if memories else {}
+        return {**name_states(self._inner, self._names()), **_rest(masters, steps, draws, own)}
+
+    def template(self) -> dict[str, Any]:
+        """The tree after a step, of zeros."""
+        names = self._names()
+        stands: dict[int, str] = {}
+
+        def make(master: nn.Parameter) -> nn.Parameter:
+            parameter = nn.Parameter(torch.zeros_like(master))
+            stands[id(parameter)] = names[id(master)]
+            return parameter
+
+        stand = stand_in(self._inner, make)
+        masters = {
+            name: torch.zeros_like(one.parameter) for name, one in self._owned().items() if one.unit.own.separate
+        }
+        memories = {
+            unit.unit.name: {
+                level: torch.zeros(count, device=self._device)
+                for level, count in unit.gradients.memory_counts().items()
+            }
+            for unit in self._units
+            if unit.gradients.memory_counts()
+        }
+        own = {self._rank: {"topology": self._topology(), "memories": memories}} if memories else {}
+        return {**name_states(stand, stands), **_rest(masters, 0, 0, own)}
+
+    def load(self, state: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
+        """Take a tree back; returns steps and draws, and whether the weights must be spread anew."""
+        if lacking := [key for key in ("state", "param_groups", "masters", "steps", "draws") if key not in state]:
+            raise ValueError(
+                f"load_state_dict: {', '.join(lacking)} is missing: this is not the state of a partitioned optimizer; "
+                "load what its own state_dict() gave"
+            )
+        owned = self._owned()
+        if state["masters"]:
+            refuse_other_names(state["masters"], owned)
+        loaded = {
+            name: localize(value, f"the master of {name}", owned[name].parameter, owned[name].rows)
+            for name, value in state["masters"].items()
+        }
+        take_states(self._inner, state, self._names(), {name: one.rows for name, one in owned.items()})
+        for unit in self._units:
+            unit.own.follow()
+        for name, master in loaded.items():
+            owned[name].unit.own.begin_from(owned[name].name, cast(DTensor, master).to_local())
+        self._take_own(state.get("own", {}))
+        must_spread = bool(loaded) and not all(unit.own.separate for unit in self._units)
+        return (int(state["steps"]), int(state["draws"])), must_spread
+
+    def _take_own(self, saved: Mapping[str, Any]) -> None:
+        for unit in self._units:
+            unit.gradients.memories.clear()
+        if not saved:
+            return
+        mine = saved.get(self._rank)
+        if mine is None or mine["topology"] != self._topology():
+            was = "other ranks" if mine is None else mine["topology"]
+            _log.warning(
+                "load_state_dict: dropped what error feedback has kept: it was written under %s, and this is %s",
+                was,
+                self._topology(),
+            )
+            return
+        for unit in self._units:
+            for level, memory in mine["memories"].get(unit.unit.name, {}).items():
+                unit.gradients.memories[level] = memory.to(self._device, copy=True)
+
+    def _owned(self) -> dict[str, _Owned]:
+        owner = self._levels.number(self._levels.rank, self._placement.optim)
+        return {
+            _clean(name): _Owned(unit, name, parameter, unit.ownership.rows(name, owner))
+            for unit in self._units
+            for name, parameter in unit.masters.items()
+        }
+
+    def _names(self) -> dict[int, str]:
+        return {id(one.parameter): name for name, one in self._owned().items()}
+
+    @property
+    def _rank(self) -> str:
+        return f"rank{self._levels.rank}"
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._owned().values())).parameter.device
+
+    def _topology(self) -> str:
+        """Equal where every rank has the same slices of everything."""
+        levels = " ".join(f"{n}={f}" for n, f in zip(self._levels.names, self._levels.fanouts, strict=True))
+        depths = (self._placement.params, self._placement.grads, self._placement.optim)
+        sharded = ", ".join(str(self._levels.size(depth)) for depth in depths)
+        kept = "; ".join(
+            f"{unit.unit.name} {level}={count}"
+            for unit in self._units
+            for level, count in unit.gradients.memory_counts().items()
+        )
+        return f"levels {levels}, params, grads, optim over {sharded} ranks, memories {kept or 'none'}"
+
+
+def _rest(masters: Mapping[str, Tensor], steps: int, draws: int, own: Mapping[str, Any]) -> dict[str, Any]:
+    return {"masters": dict(masters), "steps": steps, "draws": draws, "own": dict(own)}
+
+
+def _clean(name: str) -> str:
+    """A parameter's name without the wrappers that may come and go between runs."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
