@@ -21,8 +21,8 @@ class Ownership:
 
     Owners are numbered as Levels numbers the ranks of a group. Every cut is along the first dimension and keeps rows
     whole, so that an owner's rows of a parameter are the local shard of a DTensor with placements [Shard(0)] * 3 on the
-    mesh (params, grads, optim), or on that without its dimensions of one rank: other programs can load them. In the flat
-    order of a unit, owner after owner, each has its rows of every parameter, one after another.
+    mesh (params, grads, optim), or on that mesh without dimensions of one rank: other programs can load them. In the
+    flat order of a unit, owner after owner, each has its rows of every parameter, one after another.
 
     Args:
         shapes: of the unit's parameters, by name; a scalar counts as one row.
