@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
+from thinwire.comm.meter import TrafficMeter
+from thinwire.comm.partition.blocks import choose_blocks, prefetch_blocks
+from thinwire.comm.partition.first_weights import check_at_first_forward
 from thinwire.comm.partition.gather import Gather
 from thinwire.comm.partition.gradient_shard import GradientShard
 from thinwire.comm.partition.levels import Levels, MachineMesh, levels_of
 from thinwire.comm.partition.micro_batches import MicroBatches
+from thinwire.comm.partition.model_checks import (
+    WEIGHTS,
+    check_compute_dtype,
+    check_factory,
+    check_model,
+    check_optimizer,
+    placeholders,
+    try_optimizer,
+)
 from thinwire.comm.partition.optimizer import PartitionedOptimizer, PartitionedUnit
 from thinwire.comm.partition.ownership import Ownership
+from thinwire.comm.partition.parameter_groups import build_optimizer, name_groups
 from thinwire.comm.partition.placement import Placement, place
 from thinwire.comm.partition.process_groups import StateMeshes, cuts_of
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.unit import Unit, find_units
 from thinwire.comm.partition.weight_shard import WeightShard
-from thinwire.comm.partition.wires.gradients import formats_of
-from thinwire.comm.partition.wires.weights import build_gather_wire, build_update_wire
+from thinwire.comm.partition.wires.gradients import GradientWireSettings, formats_of
+from thinwire.comm.partition.wires.weights import UpdateWireSettings, build_gather_wire, build_update_wire
 from thinwire.comm.queue import CommQueue, open_queue
+from thinwire.comm.same_weights import check_same_weights
 
 
 def partition(
@@ -154,30 +170,52 @@ def enter(
     **options: Any,
 ) -> PartitionedOptimizer:
     """partition() with its settings in one piece: what a configuration file gives."""
-    beyond = queue or open_queue(timeout_s=timeout_s)
-    inside = beyond.beside("gathers")
-    levels = levels_of(mesh, rank=beyond.rank, world_size=beyond.size)
+    check_factory(optimizer)
+    check_model(model, settings.weights)
+    check_compute_dtype(compute_dtype)
+    _check_numbers(micro_batches=micro_batches, prefetch=prefetch)
+    blocks = choose_blocks(model, units)
+    groups = name_groups(model, parameter_groups)
+    rank, size = (queue.rank, queue.size) if queue is not None else _place()
+    levels = levels_of(mesh, rank=rank, world_size=size)
     placement = place(
         levels, params=settings.params, grads=settings.grads, optim=settings.optim, secondary=settings.secondary
     )
+    formats = formats_of(settings.gradients, levels, placement)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    ownership = Ownership({name: parameter.shape for name, parameter in trained.items()}, cuts_of(levels, placement))
+    owner = levels.number(rank, placement.optim)
+    build = partial(build_optimizer, optimizer, groups, options)
+    on_meta = next(model.parameters()).is_meta
     device_type = next(model.parameters()).device.type
-    meshes = StateMeshes(levels, placement, device_type, timeout_s)
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for module in [*(find_blocks(model) if units is None else units), model]:
-        fully_shard(module, mesh=meshes.params, mp_policy=policy)
-    assert isinstance(model, FSDPModule)
-    model.set_gradient_divide_factor(1.0)  # sums: the mean is taken once, when all levels have been added
-    model.set_force_sum_reduction_for_comms(True)
-    model.set_reduce_scatter_unused_params(True)
-    model.set_requires_all_reduce(False)  # step() sends what goes beyond the grads level, once
-    parts = [_partition_unit(unit, levels, placement, settings, inside) for unit in find_units(model)]
+    try_optimizer(build, placeholders(ownership, owner, "cpu" if on_meta else device_type))
+
+    beyond = queue if queue is not None else _open_queue(levels, timeout_s)
+    if not on_meta:
+        check_same_weights(dict(model.named_parameters()), beyond, method="partition")
+    inside = beyond.beside("inside")
+    originals = {} if on_meta else _round_weights(model, trained, ownership, owner, settings.weights)
+    meshes = StateMeshes(levels, placement, _device_type(beyond) if on_meta else device_type, timeout_s)
+    _shard(model, blocks, meshes, compute_dtype, prefetch)
+    all_units = find_units(model)
+    parts = []
+    for unit in all_units:
+        gather = Gather(unit, levels, placement, build_gather_wire(settings.gather), inside)
+        unit.module.set_custom_all_gather(gather)
+        if unit.shapes:
+            parts.append(_partition_unit(unit, gather, levels, placement, formats, settings.update))
     separate = settings.weights != "fp32" or not build_update_wire(settings.update).is_exact
     for part in parts:
         part.build_masters(meshes, separate=separate)
-        part.unit.module.set_custom_all_gather(part.gather)
+        for name in originals.keys() & part.masters.keys():
+            part.own.begin_from(name, originals[name])
     masters = {name: master for part in parts for name, master in part.masters.items()}
-    inner = optimizer(list(masters.values()), **options)
-    backward = MicroBatches(parts, inside, beyond, rank=levels.rank)
+    masters = {name: masters[name] for name in trained}
+    inner = build(masters)
+    check_optimizer(inner, masters)
+    if on_meta:
+        check_at_first_forward(model, all_units, beyond, levels, placement)
+    backward = MicroBatches(parts, inside, beyond, rank=rank)
     return PartitionedOptimizer(
         parts,
         inner,
@@ -190,29 +228,78 @@ def enter(
     )
 
 
-def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that are gathered one by one: the members of the outermost ModuleLists."""
-    blocks: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        for child in module.children():
-            if isinstance(child, nn.ModuleList):
-                blocks.extend(member for member in child if any(True for _ in member.parameters()))
-            else:
-                visit(child)
-
-    visit(model)
-    return blocks
+def _shard(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    meshes: StateMeshes,
+    compute_dtype: torch.dtype | None,
+    ahead: int,
+) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=meshes.params, mp_policy=policy)
+    assert isinstance(model, FSDPModule)
+    model.set_gradient_divide_factor(1.0)  # sums: the mean is taken once, when all levels have been added
+    model.set_force_sum_reduction_for_comms(True)
+    model.set_reduce_scatter_unused_params(True)
+    model.set_requires_all_reduce(False)  # step() sends what goes beyond the grads level, once
+    prefetch_blocks(model, blocks, ahead)
 
 
 def _partition_unit(
-    unit: Unit, levels: Levels, placement: Placement, settings: PartitionSettings, queue: CommQueue
+    unit: Unit,
+    gather: Gather,
+    levels: Levels,
+    placement: Placement,
+    formats: Mapping[str, GradientWireSettings],
+    update: UpdateWireSettings,
 ) -> PartitionedUnit:
     ownership = Ownership(unit.shapes, cuts_of(levels, placement))
-    formats = formats_of(settings.gradients, levels, placement)
     feedback = frozenset(name for name, one in formats.items() if one.feedback)
     wires = {name: one.build() for name, one in formats.items()}
     gradients = GradientShard(ownership, levels, placement, wires, feedback=feedback)
-    weights = WeightShard(ownership, levels, placement, build_update_wire(settings.update))
-    gather = Gather(unit, levels, placement, build_gather_wire(settings.gather), queue)
+    weights = WeightShard(ownership, levels, placement, build_update_wire(update))
     return PartitionedUnit(unit, ownership, gradients, weights, gather)
+
+
+def _round_weights(
+    model: nn.Module, trained: Mapping[str, nn.Parameter], ownership: Ownership, owner: int, weights: str
+) -> dict[str, Tensor]:
+    """Give all parameters the dtype that they are kept in; returns the owner's rows as they were before."""
+    dtype = WEIGHTS[weights]
+    originals = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == dtype:
+            continue
+        if name in trained:
+            start, stop = ownership.rows(name, owner)
+            originals[name] = parameter.detach()[start:stop].clone()
+        parameter.data = parameter.data.to(dtype)
+    return originals
+
+
+def _open_queue(levels: Levels, timeout_s: float) -> CommQueue:
+    queue = open_queue(timeout_s=timeout_s)
+    queue.meter = TrafficMeter([levels.joining(peer) for peer in range(levels.world_size)])
+    return queue
+
+
+def _place() -> tuple[int, int]:
+    if not dist.is_initialized():
+        raise ValueError(
+            "torch.distributed is not initialised: call thinwire.init() or init_process_group() before partition()"
+        )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _device_type(queue: CommQueue) -> str:
+    """Where a model goes that is on the meta device as yet: where the group can send from."""
+    found = {device.type for device in queue.group._device_types}
+    return "cuda" if "cuda" in found and torch.cuda.is_available() else "cpu"
+
+
+def _check_numbers(**given: int) -> None:
+    for name, value in given.items():
+        least = 1 if name == "micro_batches" else 0
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}: {value!r}; give an integer of at least {least}")

@@ -96,6 +96,12 @@ class Levels:
         members = [rank for rank, digits in enumerate(self.digits) if digits[depth:] == mine]
         return tuple(sorted(members, key=lambda rank: self.number(rank, depth)))
 
+    def joining(self, peer: int) -> str:
+        """The name of the fastest level whose groups hold this rank and another; "self" for this rank."""
+        mine, theirs = self.digits[self.rank], self.digits[peer]
+        differ = [level for level in range(self.depth) if mine[level] != theirs[level]]
+        return self.names[differ[-1]] if differ else "self"
+
     def peers(self, level: int) -> tuple[int, ...]:
         """The ranks that differ from this one in nothing but the digit of a level, this one included, ascending."""
         mine = self.digits[self.rank]

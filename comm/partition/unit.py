@@ -32,9 +32,8 @@ class Unit:
         self.is_root = is_root
         (group,) = module._get_fsdp_state()._fsdp_param_groups
         self._group = group
-        self._trained: dict[str, FSDPParam] = {
-            names[id(p.sharded_param)]: p for p in group.fsdp_params if p.sharded_param.requires_grad
-        }
+        self._all: dict[str, FSDPParam] = {names[id(p.sharded_param)]: p for p in group.fsdp_params}
+        self._trained = {name: p for name, p in self._all.items() if p.sharded_param.requires_grad}
         self.shapes = {name: cast(DTensor, p.sharded_param).shape for name, p in self._trained.items()}
 
     @property
@@ -60,6 +59,10 @@ class Unit:
     def shard(self) -> dict[str, Tensor]:
         """This rank's rows of each trained parameter, in FSDP2's own memory."""
         return {name: cast(DTensor, p.sharded_param).to_local().detach() for name, p in self._trained.items()}
+
+    def whole_shard(self) -> dict[str, Tensor]:
+        """As shard(), of the frozen parameters too."""
+        return {name: cast(DTensor, p.sharded_param).to_local().detach() for name, p in self._all.items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters themselves: DTensors."""
