@@ -17,6 +17,7 @@ from thinwire.comm.partition.wires.wire import Wire
 from thinwire.comm.two_shot import split_evenly
 
 _PIECE = 256  # elements: what replicas of an owner share is cut in steps of this, so that blocks are whole
+_SUM = "sum over replicas"  # the memory of what these sums have left out
 
 
 class GradientShard:
@@ -28,11 +29,13 @@ class GradientShard:
 
     Args:
         wires: the format of every level's gradients, by its name.
-        feedback: levels beyond grads whose wire gets an error memory.
+        feedback: levels beyond grads whose wire gets an error memory. What a step leaves in it counts only after
+            commit(), so a step that is refused leaves the memories as they were; that takes them twice.
     Attributes:
         total: fp32, t: what the owners of this rank's group of grads have, in flat order; None before the first take().
         own: the part of `total` that this rank owns; after finish() it holds g.
-        memories: what each level with feedback has left out, by name.
+        memories: what each level with feedback has left out, by the level's name, and, where there are replicas, what
+            was left out of their sums, by "sum over replicas".
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class GradientShard:
         self._pieces = split_evenly(own, self._replicas.leaves, _PIECE)
         self._feedback = feedback
         self._is_empty = True
+        self._next_memories: dict[str, Tensor] = {}
+        self._has_next = False
         self.memories: dict[str, Tensor] = {}
         self.total: Tensor | None = None
 
@@ -102,19 +107,27 @@ class GradientShard:
         assert self.total is not None
         own = self.own
         if channel is not None:
+            memories = self._begin_memories()
             if self._between.leaves > 1:
                 own.copy_(
                     self._between.reduce_scatter(
-                        channel, self.total, self._counts, self._wires, key=key, memories=self._all_memories()
+                        channel, self.total, self._counts, self._wires, key=key, memories=memories
                     )
                 )
             if self._replicas.leaves > 1:
-                own.copy_(self._sum_over_replicas(channel, own, key + self._between.leaves))
+                own.copy_(self._sum_over_replicas(channel, own, key + self._between.leaves, memories))
         own.mul_(1.0 / self._world_size)
 
+    def commit(self) -> None:
+        """The step that finish() was for has been made: its errors are those to make good."""
+        if self._has_next:
+            self.memories, self._next_memories = self._next_memories, self.memories
+        self._has_next = False
+
     def clear(self) -> None:
-        """Forget what was taken; keep the memory."""
+        """Forget what was taken, and what was left out since the last commit(); keep the memory."""
         self._is_empty = True
+        self._has_next = False
 
     def sent_bytes(self, micro_batches: int) -> Counter[str]:
         """Payload bytes that this rank sends in a step, by level."""
@@ -132,18 +145,33 @@ class GradientShard:
         per_leaf = self._between.leaves
         return [self._ownership.count(first, first + per_leaf) for first in range(0, self._ownership.owners, per_leaf)]
 
-    def _all_memories(self) -> Mapping[str, Tensor]:
-        assert self.total is not None
-        for level, count in self._between.reduce_scatter_counts(self._counts).items():
-            if level in self._feedback and level not in self.memories:
-                self.memories[level] = torch.zeros(count, dtype=torch.float32, device=self.total.device)
-        return self.memories
+    def memory_counts(self) -> dict[str, int]:
+        """Elements of each memory, by its name. It is there twice: as the last step left it, and for the next."""
+        counts = self._between.reduce_scatter_counts(self._counts)
+        counts |= self._replicas.reduce_scatter_counts(self._pieces)
+        found = {level: count for level, count in counts.items() if level in self._feedback}
+        if self._replicas.leaves > 1 and self._replicas.names[-1] in self._feedback:
+            found[_SUM] = self._pieces[self._replicas.leaf]
+        return found
 
-    def _sum_over_replicas(self, channel: Channel, own: Tensor, key: int) -> Tensor:
+    def _begin_memories(self) -> dict[str, Tensor]:
+        """Copies of the memories, for the step to change."""
+        assert self.total is not None
+        for name, count in self.memory_counts().items():
+            if name not in self.memories:
+                self.memories[name] = torch.zeros(count, dtype=torch.float32, device=self.total.device)
+            if name not in self._next_memories:
+                self._next_memories[name] = torch.empty_like(self.memories[name])
+            self._next_memories[name].copy_(self.memories[name])
+        self._has_next = True
+        return self._next_memories
+
+    def _sum_over_replicas(self, channel: Channel, own: Tensor, key: int, memories: Mapping[str, Tensor]) -> Tensor:
         """The same bits on every replica: each piece is summed by one of them, and encoded once for all."""
-        piece = self._replicas.reduce_scatter(channel, own, self._pieces, self._wires, key=key)
+        piece = self._replicas.reduce_scatter(channel, own, self._pieces, self._wires, key=key, memories=memories)
         wire = self._wires[self._replicas.names[-1]]
-        payload = wire.encode(piece, [piece.numel()], key=key + self._replicas.leaves)
+        memory = memories.get(_SUM)
+        payload = wire.encode(piece, [piece.numel()], key=key + self._replicas.leaves, memory=memory)
         sizes = self._piece_sizes()
         gathered = self._replicas.all_gather(channel, payload, sizes)
         total = torch.empty_like(own)
