@@ -17,7 +17,7 @@ from thinwire.dist.config_errors import ConfigError, explain
 from thinwire.dist.data import DataSettings
 from thinwire.dist.engine import DDPSettings, EngineSettings
 from thinwire.dist.mesh import MeshSettings
-from thinwire.dist.methods import MethodSettings, unused_by
+from thinwire.dist.methods import MethodSettings, engines_for, methods_for, unused_by
 from thinwire.dist.models import ModelSettings
 from thinwire.dist.optimizers import AdamWSettings, OptimizerSettings, ScheduleSettings
 from thinwire.dist.run_folder import OutputSettings
@@ -71,6 +71,22 @@ class RunConfig(Settings):
                 raise ValueError(f"{path}: is given, but method {self.method.kind} {why}; remove it")
         return self
 
+    @model_validator(mode="after")
+    def _engine_knows_method(self) -> RunConfig:
+        engine, method = self.engine.kind, self.method.kind
+        allowed = engines_for(method)
+        if engine not in allowed:
+            others = (
+                "another method"
+                if engine == "ddp"
+                else " or ".join(f"method: {{kind: {m}}}" for m in methods_for(engine))
+            )
+            raise ValueError(
+                f"engine.kind: {engine} does not train by method {method}, whose engine is {' or '.join(allowed)}; "
+                f"give engine: {{kind: {allowed[0]}}}, or {others}"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """All settings that this run uses, as JSON values."""
         settings = self.model_dump(mode="json")
@@ -104,11 +120,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(data, override)
     data.setdefault("name", path.stem)
+    _name_engine(data)
     try:
         # By way of JSON: there pydantic's strict mode takes a list for a tuple, but still tells 1 from "1".
         return RunConfig.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig, str(path))) from None
+
+
+def _name_engine(data: dict[str, Any]) -> None:
+    """An engine that is given without its kind, or not at all, is the one that the method trains with."""
+    method, engine = data.get("method"), data.get("engine", {})
+    if isinstance(method, dict) and isinstance(engine, dict):
+        kind = engines_for(str(method.get("kind")))[0]
+        if "engine" in data or kind != DDPSettings().kind:  # an engine that is given must have a use
+            data["engine"] = {"kind": kind, **engine}
 
 
 def dump_config(config: RunConfig) -> str:

@@ -15,13 +15,19 @@ from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.local_sgd.door import LocalSGDSettings
 from thinwire.comm.local_sgd.door import enter as enter_local_sgd
 from thinwire.comm.method import Method
+from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.dist.gossip_run import GossipRunSettings
 from thinwire.dist.mesh import Mesh
 from thinwire.dist.onebyte_run import OneByteRunSettings
 from thinwire.dist.world import World
 
 MethodSettings: TypeAlias = Annotated[
-    AllReduceSettings | CompressSettings | LocalSGDSettings | GossipRunSettings | OneByteRunSettings,
+    AllReduceSettings
+    | CompressSettings
+    | LocalSGDSettings
+    | GossipRunSettings
+    | OneByteRunSettings
+    | PartitionSettings,
     Field(discriminator="kind"),
 ]
 
@@ -37,12 +43,31 @@ _UNUSED_BY_ONEBYTE = {
 # Settings that mean nothing to a gossip run, and why.
 _UNUSED_BY_GOSSIP = {"engine": "has no collective in its backward pass that an engine could help with"}
 
+# A setting of tw.partition() that a run says elsewhere.
+_UNUSED_BY_PARTITION = {"method.clip_norm": "clips at train.clip_norm here"}
+
+# What trains by which engine; the first is the default.
+_ENGINES = {"partition": ("fsdp2",), "allreduce": ("ddp", "deepspeed")}
+_OTHERS_ENGINES = ("ddp",)
+
 
 def unused_by(settings: MethodSettings) -> Mapping[str, str]:
     """The settings, by path, that a run by this method has no use for, each with the reason."""
     if isinstance(settings, GossipRunSettings):
         return _UNUSED_BY_GOSSIP
+    if isinstance(settings, PartitionSettings):
+        return _UNUSED_BY_PARTITION
     return _UNUSED_BY_ONEBYTE if isinstance(settings, OneByteRunSettings) else {}
+
+
+def engines_for(method: str) -> tuple[str, ...]:
+    """The kinds of engine that a kind of method trains with, the default first."""
+    return _ENGINES.get(method, _OTHERS_ENGINES)
+
+
+def methods_for(engine: str) -> tuple[str, ...]:
+    """The kinds of method that train with a kind of engine other than ddp."""
+    return tuple(method for method, engines in _ENGINES.items() if engine in engines)
 
 
 def attach(
@@ -72,6 +97,8 @@ def attach(
             )
         case LocalSGDSettings():
             return enter_local_sgd(model, optimizer, settings, queue=world.queue)
+        case PartitionSettings():
+            raise ValueError("method: partition shards the model; engine fsdp2 trains by it")
         case GossipRunSettings():
             raise ValueError("method: gossip has no step in common to all ranks; gossip_train.py trains by it")
         case OneByteRunSettings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
@@ -73,26 +74,38 @@ class SGD(torch.optim.SGD):
         return loss
 
 
-def build_optimizer(settings: AdamWSettings | SGDSettings, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over all parameters, weight decay on those with two or more dimensions."""
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """An optimizer that is not built yet: factory(groups, **options)."""
+
+    factory: Callable[..., torch.optim.Optimizer]
+    groups: list[dict[str, Any]]
+    options: dict[str, Any]
+
+
+def plan_optimizer(settings: AdamWSettings | SGDSettings, model: nn.Module) -> OptimizerPlan:
+    """The optimizer over all parameters that learn, weight decay on those with two or more dimensions."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.dim() >= 2]
     others = [p for p in parameters if p.dim() < 2]
-    decays = [(matrices, settings.weight_decay), (others, 0.0)]
+    decays = [(params, decay) for params, decay in ((matrices, settings.weight_decay), (others, 0.0)) if params]
     if isinstance(settings, SGDSettings):
-        return SGD(
-            [{"params": params, "decoupled_decay": decay} for params, decay in decays if params],
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
+        return OptimizerPlan(
+            SGD,
+            [{"params": params, "decoupled_decay": decay} for params, decay in decays],
+            {"lr": settings.lr, "momentum": settings.momentum, "nesterov": settings.nesterov},
         )
-    return torch.optim.AdamW(
-        [{"params": params, "weight_decay": decay} for params, decay in decays if params],
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
+    return OptimizerPlan(
+        torch.optim.AdamW,
+        [{"params": params, "weight_decay": decay} for params, decay in decays],
+        {"lr": settings.lr, "betas": (settings.beta1, settings.beta2), "eps": settings.eps, "fused": True},
     )
+
+
+def build_optimizer(settings: AdamWSettings | SGDSettings, model: nn.Module) -> torch.optim.Optimizer:
+    """The planned optimizer, on the model's own parameters."""
+    plan = plan_optimizer(settings, model)
+    return plan.factory(plan.groups, **plan.options)
 
 
 def learning_rate(peak: float, schedule: ScheduleSettings, step: int, total_steps: int) -> float:

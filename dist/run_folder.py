@@ -30,6 +30,17 @@ _HARMLESS = {
     "world.timeout_s",
 }
 
+# Of a partitioned run: who holds what. Another choice adds the same numbers in another order, as other ranks would.
+_PLACES = {
+    "engine.prefetch",
+    "mesh.levels",
+    "method.grads",
+    "method.optim",
+    "method.params",
+    "method.preset",
+    "method.secondary",
+}
+
 
 class OutputSettings(Settings):
     """Where results go. Rank 0 alone writes them.
@@ -59,6 +70,8 @@ def numeric_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     train.steps is one of them only as the end of the schedule: a run with a fixed schedule may be made longer.
     """
     settings = {path: value for path, value in _flatten(config) if not _harmless(path)}
+    if settings["method.kind"] == "partition":
+        settings = {path: value for path, value in settings.items() if path not in _PLACES}
     steps = settings.pop("train.steps")
     if settings["schedule.kind"] == "constant":
         settings.pop("schedule.decay_steps")

@@ -77,7 +77,7 @@ class RunState:
         return loaded
 
     def _load_latest(self, checkpoints: Checkpointer) -> Loaded | None:
-        return checkpoints.load_latest(self._engine.shared_state(), world_size_changed="all_ranks")
+        return checkpoints.load_latest(self._engine.template(), world_size_changed="all_ranks")
 
     def _restore(self, loaded: Loaded) -> None:
         old = loaded.per_rank_of_all

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
 
 from thinwire.dist.engine.ddp import DDPSettings
+from thinwire.dist.engine.fsdp2 import FSDP2Settings
 
-# A second engine makes this Annotated[DDPSettings | OtherSettings, Field(discriminator="kind")].
-EngineSettings: TypeAlias = DDPSettings
+EngineSettings: TypeAlias = Annotated[DDPSettings | FSDP2Settings, Field(discriminator="kind")]
 
-__all__ = ["DDPSettings", "EngineSettings"]
+__all__ = ["DDPSettings", "EngineSettings", "FSDP2Settings"]

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from thinwire.dist.engine.ddp import DDPEngine, wrap_ddp
+from thinwire.comm.partition.settings import PartitionSettings
+from thinwire.dist.engine.ddp import DDPEngine, DDPSettings, wrap_ddp
 from thinwire.dist.engine.engine import Engine
+from thinwire.dist.engine.fsdp2 import FSDP2Engine, FSDP2Settings
 from thinwire.dist.methods import attach
-from thinwire.dist.optimizers import build_optimizer
+from thinwire.dist.optimizers import build_optimizer, plan_optimizer
 from thinwire.dist.world import World
 
 if TYPE_CHECKING:
@@ -25,11 +27,25 @@ def build_engine(config: RunConfig, model: nn.Module, world: World, *, micro_bat
     Raises:
         ValueError: the settings do not fit this world or this model.
     """
-    return _build_ddp(config, model, world)
+    match config.engine:
+        case DDPSettings():
+            return _build_ddp(config, config.engine, model, world)
+        case FSDP2Settings():
+            assert isinstance(config.method, PartitionSettings), "RunConfig refuses other pairs"
+            return FSDP2Engine(
+                model,
+                config.engine,
+                config.method,
+                plan_optimizer(config.optimizer, model),
+                world,
+                clip_norm=config.train.clip_norm,
+                precision=config.train.precision,
+                micro_batches=micro_batches,
+            )
 
 
-def _build_ddp(config: RunConfig, model: nn.Module, world: World) -> DDPEngine:
-    wrapped = wrap_ddp(model, config.engine, world.group)
+def _build_ddp(config: RunConfig, settings: DDPSettings, model: nn.Module, world: World) -> DDPEngine:
+    wrapped = wrap_ddp(model, settings, world.group)
     optimizer = build_optimizer(config.optimizer, model)
     clip_norm = config.train.clip_norm
     method = attach(config.method, model=wrapped, optimizer=optimizer, world=world, clip_norm=clip_norm)

@@ -106,6 +106,10 @@ class DDPEngine:
         optimizer = {} if isinstance(self.method, LocalMethod) else self.optimizer.state_dict()
         return {"model": self.network.state_dict(), "optimizer": optimizer}
 
+    def template(self) -> dict[str, Any]:
+        """Nothing is cut."""
+        return self.shared_state()
+
     def own_state(self) -> dict[str, Any]:
         """The method's, and under a LocalMethod model and optimizer too."""
         state: dict[str, Any] = {"method": self.method.state_dict()}

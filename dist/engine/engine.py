@@ -61,10 +61,11 @@ class Engine(Protocol):
         ...
 
     def shared_state(self) -> dict[str, Any]:
-        """Weights and optimizer, under "model" and "optimizer": equal on every rank, or DTensors, for a checkpoint.
+        """Weights and optimizer, under "model" and "optimizer": equal on every rank, or DTensors, for a checkpoint."""
+        ...
 
-        Before a checkpoint is loaded it is also the template that says how each is sharded.
-        """
+    def template(self) -> dict[str, Any]:
+        """What shared_state() will look like after a step: its DTensors say how a checkpoint must be cut here."""
         ...
 
     def own_state(self) -> dict[str, Any]:

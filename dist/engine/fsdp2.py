@@ -1,0 +1,154 @@
+"""The FSDP2 engine: each state sharded over a level of its own, by method partition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from thinwire.comm.method import Method
+from thinwire.comm.partition.blocks import find_blocks
+from thinwire.comm.partition.door import enter
+from thinwire.comm.partition.optimizer import PartitionedOptimizer
+from thinwire.comm.partition.settings import PartitionSettings
+from thinwire.comm.settings import Settings
+from thinwire.dist.engine.engine import keep_options
+from thinwire.dist.optimizers import OptimizerPlan
+from thinwire.dist.world import World
+
+
+class FSDP2Settings(Settings):
+    """How the model is wrapped; what is sent where is method partition's.
+
+    activation_checkpointing: each block forgets its activations and computes them anew in the backward pass.
+    compile: torch.compile on each block, by this backend; null = not. inductor needs a C++ compiler or a GPU.
+    prefetch: blocks whose weights are gathered while another one computes; 0 = none.
+    """
+
+    kind: Literal["fsdp2"] = "fsdp2"
+    activation_checkpointing: bool = False
+    compile: Literal["inductor", "aot_eager"] | None = None
+    prefetch: int = Field(1, ge=0)
+
+
+class FSDP2Engine:
+    """An Engine: fully_shard() over the params level, and a PartitionedOptimizer for what goes beyond.
+
+    Args:
+        model: the same on every rank; changed in place.
+        clip_norm: largest norm of the mean gradient; 0 = no limit.
+        precision: bf16 gathers the weights, and computes, in bf16.
+        micro_batches: of each step.
+    Raises:
+        ValueError: the settings do not fit this model or this world's levels.
+    """
+
+    forward_is_collective = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: FSDP2Settings,
+        method: PartitionSettings,
+        plan: OptimizerPlan,
+        world: World,
+        *,
+        clip_norm: float,
+        precision: Literal["fp32", "bf16"],
+        micro_batches: int,
+    ) -> None:
+        _rebuild_forward(find_blocks(model), settings)
+        self._partitioned: PartitionedOptimizer = enter(
+            model,
+            world.mesh,
+            plan.factory,
+            method.model_copy(update={"clip_norm": clip_norm}),
+            parameter_groups=plan.groups,
+            compute_dtype=torch.bfloat16 if precision == "bf16" else None,
+            micro_batches=micro_batches,
+            prefetch=settings.prefetch,
+            queue=world.queue,
+            timeout_s=world.settings.timeout_s,
+            **plan.options,
+        )
+        self.network = model
+        self.optimizer: Optimizer = self._partitioned
+        self.method: Method = self._partitioned
+        self._queue = world.queue
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds for which somebody waited for the queue."""
+        return self._queue.exposed_s
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """What goes beyond the grads level leaves during the last backward pass."""
+        assert isinstance(self.network, FSDPModule)
+        self.network.set_requires_all_reduce(last)
+        return nullcontext()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Gathers the weights, block by block."""
+        scores: Tensor = self.network(inputs)
+        return scores
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients go to their shards; no .grad remains."""
+        loss.backward()
+
+    def step(self) -> float:
+        """The optimizer clips by itself."""
+        norm = self._partitioned.gradient_norm()
+        self._partitioned.step()
+        return norm
+
+    def shared_state(self) -> dict[str, Any]:
+        """DTensors by name, which any number of ranks, levels and states can load."""
+        return {"model": self.network.state_dict(), "optimizer": _without_own(self._partitioned.state_dict())}
+
+    def template(self) -> dict[str, Any]:
+        """As after a step."""
+        return {"model": self.network.state_dict(), "optimizer": _without_own(self._partitioned.state_template())}
+
+    def own_state(self) -> dict[str, Any]:
+        """What error feedback has kept on this rank."""
+        return {"method": self._partitioned.state_dict()["own"]}
+
+    def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None, old: Mapping[int, Any]) -> None:
+        """Among other ranks, or with other levels, what error feedback has kept is dropped with a warning."""
+        kept = (
+            own["method"] if own is not None else {key: one for o in old.values() for key, one in o["method"].items()}
+        )
+        self.network.load_state_dict(shared["model"])
+        keep_options(self._partitioned, {**shared["optimizer"], "own": kept})
+
+    def close(self) -> None:
+        """FSDP2 on gloo ends a process by an abort if its groups outlive this."""
+        self._partitioned.remove()
+
+
+def _rebuild_forward(blocks: list[nn.Module], settings: FSDP2Settings) -> None:
+    """Put compilation and checkpointing inside each block: FSDP2's gathers stay outside, one for both computations."""
+    wanted = [name for name in ("activation_checkpointing", "compile") if getattr(settings, name)]
+    if wanted and not blocks:
+        raise ValueError(
+            f"engine.{wanted[0]}: {getattr(settings, wanted[0])} works block by block, and this model has no "
+            "ModuleList of blocks; remove it"
+        )
+    for block in blocks:
+        if settings.compile:
+            block.forward = torch.compile(block.forward, backend=settings.compile)
+        if settings.activation_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _without_own(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key != "own"}
