@@ -71,6 +71,11 @@ class MicroBatches:
             for parameter in part.unit.parameters().values():
                 self._handles.append(parameter.register_post_accumulate_grad_hook(_drop))
 
+    @property
+    def exposed_s(self) -> float:
+        """Seconds for which somebody waited for one of the queues."""
+        return self._inside.exposed_s + self._beyond.exposed_s
+
     def finish(self) -> bool:
         """Exchange all that has not been; returns whether this rank's own gradient was not finite.
 

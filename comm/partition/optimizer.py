@@ -163,6 +163,11 @@ class PartitionedOptimizer(Optimizer):
         self.zero_grad()
         return loss
 
+    @property
+    def exposed_s(self) -> float:
+        """Seconds since the start in which this rank waited for exchanges, gathers included."""
+        return self._backward.exposed_s
+
     def metrics(self) -> dict[str, float]:
         """Nothing yet."""
         return {}

@@ -79,15 +79,15 @@ class FSDP2Engine:
             timeout_s=world.settings.timeout_s,
             **plan.options,
         )
+        model.register_forward_hook(_drop_gathered)
         self.network = model
         self.optimizer: Optimizer = self._partitioned
         self.method: Method = self._partitioned
-        self._queue = world.queue
 
     @property
     def exposed_s(self) -> float:
-        """Seconds for which somebody waited for the queue."""
-        return self._queue.exposed_s
+        """Seconds for which somebody waited for one of the two queues."""
+        return self._partitioned.exposed_s
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """What goes beyond the grads level leaves during the last backward pass."""
@@ -148,6 +148,13 @@ def _rebuild_forward(blocks: list[nn.Module], settings: FSDP2Settings) -> None:
             block.forward = torch.compile(block.forward, backend=settings.compile)
         if settings.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _drop_gathered(model: nn.Module, inputs: object, scores: object) -> None:
+    """FSDP2 keeps what the root has gathered for the backward pass: after an evaluation there is none."""
+    assert isinstance(model, FSDPModule)
+    if not torch.is_grad_enabled():
+        model.reshard()
 
 
 def _without_own(state: dict[str, Any]) -> dict[str, Any]:
