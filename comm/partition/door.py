@@ -204,6 +204,7 @@ def enter(
         unit.module.set_custom_all_gather(gather)
         if unit.shapes:
             parts.append(_partition_unit(unit, gather, levels, placement, formats, settings.update))
+    frozen = [unit for unit in all_units if not unit.shapes]
     separate = settings.weights != "fp32" or not build_update_wire(settings.update).is_exact
     for part in parts:
         part.build_masters(meshes, separate=separate)
@@ -215,7 +216,7 @@ def enter(
     check_optimizer(inner, masters)
     if on_meta:
         check_at_first_forward(model, all_units, beyond, levels, placement)
-    backward = MicroBatches(parts, inside, beyond, rank=rank)
+    backward = MicroBatches(parts, inside, beyond, rank=rank, seed=settings.seed)
     return PartitionedOptimizer(
         parts,
         inner,
@@ -225,6 +226,7 @@ def enter(
         backward,
         clip_norm=settings.clip_norm,
         micro_batches=micro_batches,
+        seed=settings.seed,
     )
 
 

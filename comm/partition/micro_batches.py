@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from thinwire.comm.channel import Channel
+from thinwire.comm.partition.random_keys import gradient_key
 from thinwire.comm.queue import CommQueue, Pending
 from thinwire.kernels.all_finite import all_finite
 
 if TYPE_CHECKING:
     from thinwire.comm.partition.optimizer import PartitionedUnit
+    from thinwire.comm.partition.unit import Unit
 
 INSIDE, BEYOND = "partition/reduce", "partition/reduce_once"
 _UNDER_WAY = 2  # units whose whole gradients may wait for their exchange: more would cost memory
@@ -54,11 +56,14 @@ class MicroBatches:
     Attributes: calls, the exchanges so far, from which the keys of random numbers are made; the same on every rank.
     """
 
-    def __init__(self, units: Sequence[PartitionedUnit], inside: CommQueue, beyond: CommQueue, *, rank: int) -> None:
+    def __init__(
+        self, units: Sequence[PartitionedUnit], inside: CommQueue, beyond: CommQueue, *, rank: int, seed: int = 0
+    ) -> None:
         self._units = units
         self._inside = inside
         self._beyond = beyond
         self._rank = rank
+        self._seed = seed
         self._under_way: deque[tuple[int, Pending[None], bool]] = deque()
         self._sent: dict[int, Pending[None] | None] = {}  # None: needed no other rank
         self._bad = False
@@ -80,16 +85,20 @@ class MicroBatches:
         """Exchange all that has not been; returns whether this rank's own gradient was not finite.
 
         Raises:
-            ValueError: some unit had no backward since the last step.
+            ValueError: there was no backward since the last step, or requires_grad of a parameter has changed.
         """
         while self._under_way:
             self._settle()
+        for unit in self._frozen:
+            unit.check_trained()
+        if all(part.gradients.is_empty for part in self._units):
+            raise ValueError(
+                "optimizer.step(): there is no gradient: there was no backward since the last step; call "
+                "loss.backward() first, without set_requires_gradient_sync(False) in the last micro-batch"
+            )
         for part in self._units:
-            if part.gradients.is_empty:
-                raise ValueError(
-                    f"optimizer.step(): {part.unit.name} has no gradient: there was no backward since the last step; "
-                    "call loss.backward() first, without set_requires_gradient_sync(False) in the last micro-batch"
-                )
+            if part.gradients.is_empty:  # no backward has reached it, on any rank: all run the same modules
+                part.gradients.take_zeros(next(iter(part.unit.shard().values())).device)
         for index in reversed(range(len(self._units))):
             self._send(index)
         self._wait_for_sent()
@@ -106,15 +115,18 @@ class MicroBatches:
             part.gradients.clear()
 
     def detach(self) -> None:
-        """Let backward leave gradients on FSDP2's own parameters again, unreduced."""
+        """Leave FSDP2 to itself: it gathers and averages over the params level alone, by torch's own collectives."""
+        self.drop()
         for handle in self._handles:
             handle.remove()
-        for part in self._units:
-            part.unit.module.set_all_reduce_hook(None)  # type: ignore[arg-type]
+        for unit in [*(part.unit for part in self._units), *self._frozen]:
+            unit.restore_collectives()
+        self._inside.close()
 
     def _take(self, index: int, reduced: Tensor) -> None:
         """FSDP2's hook. Where the params level holds one rank, `reduced` is the unit's whole gradient."""
         part, keep = self._units[index], self._keep[index]
+        part.unit.check_trained()
         flat = reduced if keep.kept is None else keep.kept
         keep.kept = None
         if index in self._sent:
@@ -123,8 +135,7 @@ class MicroBatches:
                 "model.set_requires_all_reduce(True) only before the last backward of a step, or never: step() sends it"
             )
         self._bad = self._bad or not all_finite(flat)
-        self.calls += 1
-        work = partial(self._reduce, part, flat, self.calls * 1024)
+        work = partial(self._reduce, part, flat, self._new_key())
         sends = part.unit.sends_on_backward
         if part.gradients.takes_alone:
             work(None)
@@ -150,11 +161,14 @@ class MicroBatches:
         if index in self._sent:
             return
         gradients = self._units[index].gradients
-        self.calls += 1
-        work = partial(self._finish, index, self.calls * 1024)
+        work = partial(self._finish, index, self._new_key())
         if gradients.finishes_alone:
             work(None)
         self._sent[index] = None if gradients.finishes_alone else self._beyond.submit(BEYOND, work)
+
+    def _new_key(self) -> int:
+        self.calls += 1
+        return gradient_key(self._seed, self.calls, self._rank)
 
     def _wait_for_sent(self) -> None:
         for pending in self._sent.values():

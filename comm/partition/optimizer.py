@@ -23,6 +23,7 @@ from thinwire.comm.partition.micro_batches import MicroBatches
 from thinwire.comm.partition.ownership import Ownership
 from thinwire.comm.partition.placement import Placement
 from thinwire.comm.partition.process_groups import StateMeshes
+from thinwire.comm.partition.random_keys import update_key
 from thinwire.comm.partition.state import PartitionedState
 from thinwire.comm.partition.unit import Unit
 from thinwire.comm.partition.weight_shard import WeightShard
@@ -82,10 +83,12 @@ class PartitionedOptimizer(Optimizer):
         *,
         clip_norm: float,
         micro_batches: int,
+        seed: int = 0,
     ) -> None:
         self.inner = inner
         self.clip_norm = clip_norm
         self.micro_batches = micro_batches
+        self._seed = seed
         self._units = units
         self._queue = queue
         self._levels = levels
@@ -158,6 +161,8 @@ class PartitionedOptimizer(Optimizer):
         for unit in self._units:
             unit.own.follow()
         self.inner.step()
+        for unit in self._units:
+            unit.gradients.commit()
         self._spread()
         self._steps += 1
         self.zero_grad()
@@ -206,9 +211,9 @@ class PartitionedOptimizer(Optimizer):
 
     def _spread(self) -> None:
         waiting = []
-        for index, unit in enumerate(self._units):
+        for unit in self._units:
             new = {name: unit.own.local(name) for name in unit.masters}
-            key = self._steps * len(self._units) + index
+            key = update_key(self._seed, self._steps, unit.unit.name, self._owner)
             work = partial(self._spread_one, unit, new, key)
             if unit.weights.spreads_alone:
                 work(None)
