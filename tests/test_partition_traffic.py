@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from partition_formula import expected_bytes
 from torch import nn
 
 from thinwire.comm.partition.levels import Levels, build_levels
@@ -29,15 +30,6 @@ def machine(fanouts: Sequence[int], rank: int = 0) -> Levels:
 def settings(p: int, g: int, o: int, **options: object) -> PartitionSettings:
     names = ("rank", *NAMES)
     return PartitionSettings.model_validate({"params": names[p], "grads": names[g], "optim": names[o], **options})
-
-
-def one_pass(numel: int, fanouts: Sequence[int], level: int) -> int:
-    """V_l, for as many elements as divide evenly."""
-    inside = 1
-    for fanout in fanouts[:level]:
-        inside *= fanout
-    assert numel % (inside * fanouts[level]) == 0
-    return numel // inside * (fanouts[level] - 1) // fanouts[level]
 
 
 def vector(*shape: int, is_root: bool = False) -> UnitShapes:
@@ -72,28 +64,13 @@ def test_every_triple_sends_what_the_formula_says(p: int, g: int, o: int, fanout
     units = [vector(root, is_root=True), vector(768, 24), vector(768, 24)]
     k = 3
     for secondary in (None, *range(p)):
-        expected: dict[str, Counter[str]] = {
-            "gather": Counter(),
-            "reduce": Counter(),
-            "reduce_once": Counter(),
-            "update": Counter(),
-        }
-        for level, name in enumerate(NAMES):
-            once, gathered = (4 * one_pass(n, fanouts, level) for n in (root + 2 * block, k * (root + 4 * block)))
-            if level < p:
-                expected["gather"][name] = gathered if secondary is None or level < secondary else once
-            expected["reduce" if level < g else "reduce_once"][name] = k * once if level < g else once
-            if level >= o:
-                expected["reduce_once"][name] = 2 * once
-            if p <= level < o:
-                expected["update"][name] = once
+        expected = expected_bytes(root, 2 * block, fanouts, NAMES, (p, g, o), secondary=secondary, micro_batches=k)
+        in_all = Counter({name: sum(levels.get(name, 0) for levels in expected.values()) for name in NAMES})
         chosen = settings(p, g, o, secondary=None if secondary is None else ("rank", *NAMES)[secondary])
         for rank in (0, 5):
             flows = predict_flows(units, machine(fanouts, rank), chosen, micro_batches=k)
-            assert by_operation(flows) == {name: dict(levels) for name, levels in expected.items() if levels}
-            assert predict_bytes(units, machine(fanouts, rank), chosen, micro_batches=k) == dict(
-                sum(expected.values(), Counter())
-            )
+            assert by_operation(flows) == expected
+            assert predict_bytes(units, machine(fanouts, rank), chosen, micro_batches=k) == in_all
 
 
 def test_the_slow_link_carries_the_same_for_any_number_of_micro_batches() -> None:

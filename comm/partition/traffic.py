@@ -18,7 +18,7 @@ from thinwire.comm.partition.ownership import Ownership, chunk
 from thinwire.comm.partition.placement import Placement, place
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.weight_shard import WeightShard
-from thinwire.comm.partition.wires.gradients import PlainGradients
+from thinwire.comm.partition.wires.gradients import formats_of
 from thinwire.comm.partition.wires.weights import build_gather_wire, build_update_wire
 
 State: TypeAlias = Literal["params", "grads", "optim"]
@@ -83,7 +83,7 @@ def predict_flows(
         micro_batches: backward passes per step.
         compute_dtype: in which weights are gathered; None = that of the weights.
     Raises:
-        ValueError: the levels that the settings name do not exist, or do not nest.
+        ValueError: the levels that the settings name do not exist or do not nest, or a level cannot have its format.
     """
     placement = place(
         levels, params=settings.params, grads=settings.grads, optim=settings.optim, secondary=settings.secondary
@@ -155,7 +155,7 @@ def _flows_of(
     size = {"params": levels.size(placement.params), "grads": levels.size(placement.grads)}
     cuts = (size["params"], size["grads"] // size["params"], levels.size(placement.optim) // size["grads"])
     ownership = Ownership(unit.trained, cuts)
-    wires = {name: settings.gradients.get(name, PlainGradients()).build() for name in levels.names}
+    wires = {name: one.build() for name, one in formats_of(settings.gradients, levels, placement).items()}
     gradients = GradientShard(ownership, levels, placement, wires)
     for level, count in gradients.sent_bytes(micro_batches).items():
         depth = levels.names.index(level)
