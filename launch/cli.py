@@ -61,6 +61,20 @@ def config_show(config: Config, overrides: Overrides = None) -> None:
     raise typer.Exit(show(config, overrides or []))
 
 
+@config_app.command("import-deepspeed")
+def config_import_deepspeed(
+    file: Annotated[Path, typer.Argument(help="DeepSpeed's JSON file.", show_default=False)],
+    base: Annotated[
+        Path | None,
+        typer.Option(help="YAML file for what DeepSpeed does not know: model, data, steps.", show_default=False),
+    ] = None,
+) -> None:
+    """Print a DeepSpeed configuration as YAML, and say what has no counterpart."""
+    from thinwire.launch.import_deepspeed import main as run
+
+    raise typer.Exit(run(file, base))
+
+
 @app.command(context_settings={"allow_interspersed_args": False})
 def lab(
     command: Annotated[
