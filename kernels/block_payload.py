@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class Runs:
         counts: values in each run.
         segments: (offset in the source, length) of the stretches that are read one after another, together as long as
             the runs; None = the source as it is. A run may begin and end anywhere in a segment.
-    Attributes: numel, of all runs; source_numel, the least that a source must have.
+    Attributes: numel, of all runs; starts, the place of each run's first value; source_numel, the least that a source
+    must have; is_plain, whether the runs are the source as it is.
 
     Raises: ValueError if the runs and the segments are not equally long.
     """
@@ -75,6 +76,7 @@ class Runs:
     def __init__(self, counts: Sequence[int], segments: Sequence[tuple[int, int]] | None = None) -> None:
         self.counts = tuple(counts)
         self.numel = sum(self.counts)
+        self.starts = tuple(accumulate(self.counts[:-1], initial=0))
         self._sources: list[int] = []
         self._begins = [0]
         for source, length in [(0, self.numel)] if segments is None else segments:
@@ -87,6 +89,7 @@ class Runs:
             raise ValueError(
                 f"Runs: the segments hold {self._begins[-1]} values and the runs {self.numel}; give each value once"
             )
+        self.is_plain = self._sources in ([], [0])
         lengths = [stop - start for start, stop in pairwise(self._begins)]
         self.source_numel = max(map(sum, zip(self._sources, lengths, strict=True)), default=0)
         self._tables: dict[object, tuple[Tensor, Tensor]] = {}
@@ -97,10 +100,8 @@ class Runs:
 
     def payloads(self, payload: Tensor, form: BlockFormat) -> Iterator[tuple[int, int, Tensor]]:
         """First value, number of values and bytes of each run: views."""
-        place = 0
-        for count, part in zip(self.counts, payload.split([form.payload_bytes(n) for n in self.counts]), strict=True):
-            yield place, count, part
-            place += count
+        parts = payload.split([form.payload_bytes(count) for count in self.counts])
+        return zip(self.starts, self.counts, parts, strict=True)
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Where the values start, ..., stop - 1 are: offset in the source, place, how many."""

@@ -51,7 +51,10 @@ def encode_runs(
     Raises:
         ValueError: arguments other than these.
     """
-    payload = check_encode("encode_runs", source, runs, form, rounding, key, payload)
+    check_values("encode_runs", "source", source, source.device)
+    if source.numel() < runs.source_numel:
+        raise ValueError(f"encode_runs: source has {source.numel()} values; the runs reach to {runs.source_numel}")
+    payload = check_payload("encode_runs", runs, form, rounding, key, payload, source.device)
     if memory is not None:
         check_plane("encode_runs", "memory", memory, (runs.numel,), source.device, torch.float32)
     if not runs.numel:
@@ -141,22 +144,30 @@ class RunTile:
             x.sub_(values.mul_(1 / ORDER)[: x.numel()])
 
 
-def check_encode(
-    kernel: str, source: Tensor, runs: Runs, form: BlockFormat, rounding: str, key: int, payload: Tensor | None
+def check_values(kernel: str, name: str, values: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless these are flat values of a dtype that the kernels know."""
+    if values.dtype not in FLOATS or values.dim() != 1 or not values.is_contiguous() or values.device != device:
+        raise ValueError(
+            f"{kernel}: {name} is {values.dtype}, of shape {tuple(values.shape)}, on {values.device}; it must be flat "
+            f"and contiguous, of fp32, bf16 or fp16, on {device}"
+        )
+
+
+def check_payload(
+    kernel: str,
+    runs: Runs,
+    form: BlockFormat,
+    rounding: str,
+    key: int,
+    payload: Tensor | None,
+    device: torch.device,
 ) -> Tensor:
     """The payload to write."""
     check_rounding(kernel, rounding, key, 0)
-    if source.dtype not in FLOATS or source.dim() != 1 or not source.is_contiguous():
-        raise ValueError(
-            f"{kernel}: source is {source.dtype}, of shape {tuple(source.shape)}; it must be flat and contiguous, of "
-            "fp32, bf16 or fp16"
-        )
-    if source.numel() < runs.source_numel:
-        raise ValueError(f"{kernel}: source has {source.numel()} values; the runs reach to {runs.source_numel}")
     size = runs.payload_bytes(form)
     if payload is None:
-        return torch.empty(size, dtype=torch.uint8, device=source.device)
-    check_plane(kernel, "payload", payload, (size,), source.device, torch.uint8)
+        return torch.empty(size, dtype=torch.uint8, device=device)
+    check_plane(kernel, "payload", payload, (size,), device, torch.uint8)
     if payload.data_ptr() % 16:
         raise ValueError(f"{kernel}: payload does not begin at a multiple of 16 bytes; slice it at one")
     return payload

@@ -126,7 +126,7 @@ def test_what_is_not_finite_stays_so_and_spoils_its_block_alone() -> None:
     [
         ({"source": torch.zeros(100, dtype=torch.float64)}, "source is torch.float64"),
         ({"source": torch.zeros(99)}, "source has 99 values; the runs reach to 100"),
-        ({"source": torch.zeros(200)[::2]}, "flat and contiguous"),
+        ({"source": torch.zeros(200)[::2]}, "must be flat and contiguous"),
         ({"memory": torch.zeros(99)}, "memory is"),
         ({"payload": torch.zeros(100, dtype=torch.uint8)}, "payload is"),
         ({"payload": torch.zeros(137, dtype=torch.uint8)[9:]}, "payload does not begin at"),
