@@ -198,10 +198,11 @@ def enter(
     meshes = StateMeshes(levels, placement, _device_type(beyond) if on_meta else device_type, timeout_s)
     _shard(model, blocks, meshes, compute_dtype, prefetch)
     all_units = find_units(model)
-    parts = []
+    gathers, parts = [], []
     for unit in all_units:
         gather = Gather(unit, levels, placement, build_gather_wire(settings.gather), inside)
         unit.module.set_custom_all_gather(gather)
+        gathers.append(gather)
         if unit.shapes:
             parts.append(_partition_unit(unit, gather, levels, placement, formats, settings.update))
     frozen = [unit for unit in all_units if not unit.shapes]
@@ -216,7 +217,7 @@ def enter(
     check_optimizer(inner, masters)
     if on_meta:
         check_at_first_forward(model, all_units, beyond, levels, placement)
-    backward = MicroBatches(parts, inside, beyond, rank=rank, seed=settings.seed)
+    backward = MicroBatches(parts, inside, beyond, rank=rank, seed=settings.seed, frozen=frozen)
     return PartitionedOptimizer(
         parts,
         inner,
@@ -227,6 +228,8 @@ def enter(
         clip_norm=settings.clip_norm,
         micro_batches=micro_batches,
         seed=settings.seed,
+        gathers=gathers,
+        owns_queue=queue is None,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -39,22 +40,29 @@ class Gather(AllGather):
 
     With `secondary`, what a rank has after the slow levels, 1/s_2 of the unit, is kept until the weights change, and
     later gathers use the levels inside it only: hpZ (Wang et al. 2023, 2306.10209). Unlike DeepSpeed, any change of the
-    weights in place is noticed, not only the optimizer's.
+    weights in place is noticed, not only the optimizer's; all ranks must make it, as with any change of weights.
 
     Args:
         wire: a format other than the weights' own dtype; None = that.
+    Attributes:
+        unit: whose weights.
+        last: how many gathers over all levels, and how many inside `secondary` only, there were between the last two
+            calls of begin_step().
     """
 
     def __init__(self, unit: Unit, levels: Levels, placement: Placement, wire: Wire | None, queue: CommQueue) -> None:
         inside = placement.secondary if placement.secondary is not None else 0
-        self._unit = unit
+        self.unit = unit
+        self.last = (0, 0)
         self._fast = Cascade(levels, 0, inside)
         self._slow = Cascade(levels, inside, placement.params)
         self._wire = wire
         self._queue = queue
         self._keeps = placement.secondary is not None
         self._kept: tuple[tuple[int, ...], Tensor] | None = None
-        self.calls = 0
+        self._calls = [0, 0]
+        self._in_backward = 0
+        self._needed_in_backward = unit.is_gathered_for_backward
 
     @property
     def kept_bytes(self) -> int:
@@ -67,28 +75,43 @@ class Gather(AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work:
-        self.calls += 1
-        versions = self._unit.versions()
-        if self._keeps and self._kept is not None and self._kept[0] != versions:
-            self._kept = None
-
-        def exchange(channel: Channel) -> None:
-            self._fill(channel, output_tensor, input_tensor, versions)
-
+        self._in_backward += self.unit.is_in_backward
+        exchange = partial(self._fill, output_tensor, input_tensor, self.unit.versions())
         return GatherWork(self._queue.submit(OPERATION, exchange))
 
-    def sent_bytes(self, full_gathers: int, kept_gathers: int) -> Counter[str]:
-        """Payload bytes that this rank sends in so many gathers, by level."""
-        size = self._payload_bytes(self._unit.padded_numel)
+    def forget(self) -> None:
+        """Drop the copy: the weights have changed, also where this rank has no rows of them. No gather is under way."""
+        self._kept = None
+
+    def begin_step(self) -> None:
+        """Count anew."""
+        full, kept = self._calls
+        if full + kept:
+            self._needed_in_backward = self._in_backward > 0
+        self.last = (full, kept)
+        self._calls, self._in_backward = [0, 0], 0
+
+    def sent_bytes(self, micro_batches: int) -> Counter[str]:
+        """Payload bytes that this rank sends in a step of so many backwards, by level.
+
+        Weights are gathered in each forward, and again in each backward: but for the root's, which stay, and those of a
+        frozen unit through which no gradient went in the last step. With `secondary`, once per step over all levels;
+        frozen ones only ever once.
+        """
+        gathers = micro_batches * (2 if self._needed_in_backward else 1)
+        full = gathers if not self._keeps else 1 if self.unit.shapes else 0
+        size = self._payload_bytes(self.unit.padded_numel)
         sent: Counter[str] = Counter()
-        fast = self._fast.all_gather_bytes([size * self._slow.leaves] * self._fast.leaves)
-        for level, count in fast.items():
-            sent[level] += (full_gathers + kept_gathers) * count
+        for level, count in self._fast.all_gather_bytes([size * self._slow.leaves] * self._fast.leaves).items():
+            sent[level] += gathers * count
         for level, count in self._slow.all_gather_bytes([size] * self._slow.leaves).items():
-            sent[level] += full_gathers * count
+            sent[level] += full * count
         return sent
 
-    def _fill(self, channel: Channel, output: Tensor, input: Tensor, versions: tuple[int, ...]) -> None:
+    def _fill(self, output: Tensor, input: Tensor, versions: tuple[int, ...], channel: Channel) -> None:
+        if self._kept is not None and self._kept[0] != versions:
+            self._kept = None
+        self._calls[self._kept is not None] += 1
         if self._kept is not None:
             block = self._kept[1]
         else:
@@ -110,5 +133,5 @@ class Gather(AllGather):
 
     def _payload_bytes(self, numel: int) -> int:
         if self._wire is None:
-            return numel * self._unit.gather_dtype.itemsize
+            return numel * self.unit.gather_dtype.itemsize
         return self._wire.payload_bytes(numel)

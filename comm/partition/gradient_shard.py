@@ -72,6 +72,11 @@ class GradientShard:
         return self.total[start : start + self._counts[self._between.leaf]]
 
     @property
+    def own_numel(self) -> int:
+        """Elements that this rank owns."""
+        return self._counts[self._between.leaf]
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing has been taken since the last clear()."""
         return self._is_empty
@@ -100,6 +105,11 @@ class GradientShard:
             self.total.copy_(values)
         else:
             self.total.add_(values)
+        self._is_empty = False
+
+    def take_zeros(self, device: torch.device) -> None:
+        """Begin with a gradient of 0: for a unit that no rank has used in this step."""
+        self.total = torch.zeros(sum(self._counts), dtype=torch.float32, device=device)
         self._is_empty = False
 
     def finish(self, channel: Channel | None, key: int) -> None:

@@ -57,9 +57,17 @@ class MicroBatches:
     """
 
     def __init__(
-        self, units: Sequence[PartitionedUnit], inside: CommQueue, beyond: CommQueue, *, rank: int, seed: int = 0
+        self,
+        units: Sequence[PartitionedUnit],
+        inside: CommQueue,
+        beyond: CommQueue,
+        *,
+        rank: int,
+        seed: int = 0,
+        frozen: Sequence[Unit] = (),
     ) -> None:
         self._units = units
+        self._frozen = frozen
         self._inside = inside
         self._beyond = beyond
         self._rank = rank

@@ -24,6 +24,7 @@ from thinwire.comm.partition.ownership import Ownership
 from thinwire.comm.partition.placement import Placement
 from thinwire.comm.partition.process_groups import StateMeshes
 from thinwire.comm.partition.random_keys import update_key
+from thinwire.comm.partition.report import bytes_by_operation, describe
 from thinwire.comm.partition.state import PartitionedState
 from thinwire.comm.partition.unit import Unit
 from thinwire.comm.partition.weight_shard import WeightShard
@@ -69,6 +70,7 @@ class PartitionedOptimizer(Optimizer):
 
     Attributes:
         inner: the optimizer that was asked for, over the masters.
+        last_norm: the norm of the last step's mean gradient, before clipping; NaN before the first.
         clip_norm: largest norm of the mean gradient; 0 = no limit.
     """
 
@@ -84,8 +86,13 @@ class PartitionedOptimizer(Optimizer):
         clip_norm: float,
         micro_batches: int,
         seed: int = 0,
+        gathers: Sequence[Gather] = (),
+        owns_queue: bool = False,
     ) -> None:
         self.inner = inner
+        self.last_norm = math.nan
+        self._gathers = gathers
+        self._owns_queue = owns_queue
         self.clip_norm = clip_norm
         self.micro_batches = micro_batches
         self._seed = seed
@@ -118,7 +125,7 @@ class PartitionedOptimizer(Optimizer):
         """
         if self._norm is None:
             bad = self._backward.finish()
-            self._norm = self._measure(bad)
+            self._norm = self.last_norm = self._measure(bad)
             for unit in self._units:
                 pieces = unit.ownership.named_pieces(unit.gradients.own, self._owner)
                 for name, master in unit.masters.items():
@@ -159,12 +166,15 @@ class PartitionedOptimizer(Optimizer):
         else:
             self.gradient_norm()
         for unit in self._units:
+            unit.unit.reshard()  # whoever kept gathered weights would go on with the old ones
             unit.own.follow()
         self.inner.step()
         for unit in self._units:
             unit.gradients.commit()
         self._spread()
         self._steps += 1
+        for gather in self._gathers:
+            gather.begin_step()
         self.zero_grad()
         return loss
 
@@ -174,23 +184,34 @@ class PartitionedOptimizer(Optimizer):
         return self._backward.exposed_s
 
     def metrics(self) -> dict[str, float]:
-        """Nothing yet."""
-        return {}
+        """Of the last step: the norm, and how often units were gathered over all params levels, and from a kept copy."""
+        return {
+            **({} if math.isnan(self.last_norm) else {"gradient_norm": self.last_norm}),
+            "gathers": float(sum(gather.last[0] for gather in self._gathers)),
+            "kept_gathers": float(sum(gather.last[1] for gather in self._gathers)),
+        }
+
+    def describe(self) -> str:
+        """Where each state is, and what a step sends."""
+        return describe(self._units, self._gathers, self._levels, self._placement, self.micro_batches)
 
     def predicted_bytes(self) -> dict[str, int]:
         """Payload bytes that this rank sends in one step of `micro_batches` micro-batches, by level."""
         sent: Counter[str] = Counter()
-        for unit in self._units:
-            sent.update(unit.gradients.sent_bytes(self.micro_batches))
-            sent.update(unit.weights.sent_bytes(unit.unit.weights_dtype))
-            calls = self.micro_batches * (1 if unit.unit.is_root else 2)
-            full = 1 if self._placement.secondary is not None else calls
-            sent.update(unit.gather.sent_bytes(full, calls - full))
+        for by_level in bytes_by_operation(self._units, self._gathers, self.micro_batches).values():
+            sent.update(by_level)
         return {level: count for level, count in sent.items() if count}
 
     def remove(self) -> None:
-        """A partitioned model cannot be put together again in place: build it anew."""
+        """Leave the model a plain fully_shard() module over the params level, with torch's own collectives.
+
+        Its gradients are then in .grad, averaged over that level alone. A sharded model cannot be made whole in place.
+        This optimizer can no longer be used.
+        """
         self._backward.detach()
+        if self._owns_queue:
+            self._queue.close()
+            self._queue.monitor.close()
 
     @property
     def _owner(self) -> int:
@@ -223,6 +244,7 @@ class PartitionedOptimizer(Optimizer):
             pending.wait()
         for unit in self._units:
             unit.own.note_weights()
+            unit.gather.forget()
 
     def _spread_one(self, unit: PartitionedUnit, new: Mapping[str, Tensor], key: int, channel: Channel | None) -> None:
         with torch.no_grad():

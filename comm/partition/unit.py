@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
@@ -40,6 +43,44 @@ class Unit:
     def sends_on_backward(self) -> bool:
         """What model.set_requires_all_reduce() has said for the backward under way."""
         return bool(self._group.all_reduce_grads)
+
+    @property
+    def is_gathered_for_backward(self) -> bool:
+        """Whether FSDP2 frees the weights after forward: not the root's, unless set_reshard_after_forward() said."""
+        stays = self.is_root and self.module._get_fsdp_state()._auto_reshard_after_forward
+        return self._group._reshard_after_forward and not stays
+
+    @property
+    def is_in_backward(self) -> bool:
+        """Whether FSDP2 is at this unit's backward now, or fetches ahead for it."""
+        return self._group._training_state is TrainingState.PRE_BACKWARD
+
+    def reshard(self) -> None:
+        """Free gathered weights, also those fetched ahead in vain: they are about to be old."""
+        if self._group._all_gather_result is not None:
+            if isinstance(work := self._group._all_gather_result.all_gather_work, dist.Work):
+                work.wait()
+            self._group._all_gather_result = None
+        self.module.reshard()
+
+    def restore_collectives(self) -> None:
+        """Undo what partition() has told FSDP2."""
+        self.module.set_custom_all_gather(DefaultAllGather())
+        self.module.set_custom_reduce_scatter(DefaultReduceScatter())
+        self.module.set_all_reduce_hook(None)  # type: ignore[arg-type]
+        self._group.gradient_divide_factor = None
+        self._group.force_sum_reduction_for_comms = False
+        self._group.reduce_scatter_unused_params = False
+        self._group.all_reduce_grads = True
+
+    def check_trained(self) -> None:
+        """Raises: ValueError if requires_grad of a parameter is no longer what it was when units were found."""
+        for name, p in self._all.items():
+            if p.sharded_param.requires_grad != (name in self._trained):
+                raise ValueError(
+                    f"model: requires_grad of {name} has changed since partition(), which shares out the states of "
+                    "what is trained then; set it before, and build model and optimizer anew to change it"
+                )
 
     @property
     def padded_numel(self) -> int:
