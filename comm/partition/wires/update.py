@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thinwire.comm.partition.wires.block_codes import BlockCodes
+from thinwire.comm.partition.wires.block_codes import BlockCodes, plain_runs
+from thinwire.kernels.reduce_payloads import reduce_payloads
+from thinwire.kernels.weight_difference import apply_difference, encode_difference
 
 
 class PlainUpdate:
@@ -35,10 +37,10 @@ class QuantizedUpdate:
         return self.codes.payload_bytes(numel)
 
     def encode(self, new: Tensor, old: Tensor, *, key: int) -> Tensor:
-        return _encode(self.codes, new, key)
+        return self.codes.encode(new, plain_runs((new.numel(),)), key=key)
 
     def apply(self, payload: Tensor, weights: Tensor) -> None:
-        weights.copy_(self.codes.decode(payload, weights.numel()))
+        reduce_payloads(payload[None], self.codes.form, weights)
 
 
 class DifferenceUpdate:
@@ -57,15 +59,7 @@ class DifferenceUpdate:
         return self.codes.payload_bytes(numel)
 
     def encode(self, new: Tensor, old: Tensor, *, key: int) -> Tensor:
-        return _encode(self.codes, new - old, key)
+        return encode_difference(new, old, self.codes.form, rounding=self.codes.rounding, key=key)
 
     def apply(self, payload: Tensor, weights: Tensor) -> None:
-        difference = self.codes.decode(payload, weights.numel())
-        weights.copy_(difference.add_(weights))
-
-
-def _encode(codes: BlockCodes, values: Tensor, key: int) -> Tensor:
-    payload = torch.zeros(codes.payload_bytes(values.numel()), dtype=torch.uint8, device=values.device)
-    if values.numel():
-        codes.encode(values, payload, key=key)
-    return payload
+        apply_difference(payload, self.codes.form, weights)
