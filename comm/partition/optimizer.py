@@ -184,7 +184,7 @@ class PartitionedOptimizer(Optimizer):
         return self._backward.exposed_s
 
     def metrics(self) -> dict[str, float]:
-        """Of the last step: the norm, and how often units were gathered over all params levels, and from a kept copy."""
+        """Of the last step: the norm, and how often a unit was gathered over all params levels, or from a kept copy."""
         return {
             **({} if math.isnan(self.last_norm) else {"gradient_norm": self.last_norm}),
             "gathers": float(sum(gather.last[0] for gather in self._gathers)),
