@@ -164,7 +164,7 @@ class Plan:
         largest = max(sum(size.numel() for size in unit.trained.values()) for unit in model.units)
         held = 2 / levels.size(placed.params) + 4 / levels.size(placed.grads) + 12 / levels.size(placed.optim)
         if placed.secondary is not None:
-            held += (2 if settings.gather == "same" else 1) / levels.size(placed.secondary)
+            held += (2 if settings.gather.kind == "same" else 1) / levels.size(placed.secondary)
         return held * model.numel + largest * (2 * 2 + 4)
 
 

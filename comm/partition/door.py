@@ -38,7 +38,7 @@ from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.unit import Unit, find_units
 from thinwire.comm.partition.weight_shard import WeightShard
 from thinwire.comm.partition.wires.gradients import GradientWireSettings, formats_of
-from thinwire.comm.partition.wires.weights import UpdateWireSettings, build_gather_wire, build_update_wire
+from thinwire.comm.partition.wires.weights import SameWeights, UpdateWireSettings, build_gather_wire, build_update_wire
 from thinwire.comm.queue import CommQueue, open_queue
 from thinwire.comm.same_weights import check_same_weights
 
@@ -102,7 +102,7 @@ def partition(
         parameter_groups: dicts as of torch.optim whose "params" are parameters, names or patterns such as "*.bias"; a
             parameter belongs to the first group that names it. Default: all with requires_grad, in one group.
         weights: what shards are kept in; with "bf16" owners keep fp32 masters, begun from the values before rounding.
-        compute_dtype: torch.bfloat16 computes and gathers in it; default: the weights' dtype.
+        compute_dtype: torch.bfloat16 gathers and computes in it, inputs cast; default: the weights' dtype.
         gather: wire of weights in forward and backward: "same" = as they are, or a format.
         update: wire of changed weights beyond params: "same", or a format such as {"kind": "difference", "bits": 4}.
         gradients: wire by level, such as {"world": "int4"}; default: fp32.
@@ -182,6 +182,9 @@ def enter(
         levels, params=settings.params, grads=settings.grads, optim=settings.optim, secondary=settings.secondary
     )
     formats = formats_of(settings.gradients, levels, placement)
+    # What reaches no other rank is not rounded for its journey.
+    gather_wire = build_gather_wire(settings.gather) if levels.size(placement.params) > 1 else None
+    update = settings.update if levels.size(placement.params) < levels.size(placement.optim) else SameWeights()
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     ownership = Ownership({name: parameter.shape for name, parameter in trained.items()}, cuts_of(levels, placement))
     owner = levels.number(rank, placement.optim)
@@ -200,13 +203,13 @@ def enter(
     all_units = find_units(model)
     gathers, parts = [], []
     for unit in all_units:
-        gather = Gather(unit, levels, placement, build_gather_wire(settings.gather), inside)
+        gather = Gather(unit, levels, placement, gather_wire, inside)
         unit.module.set_custom_all_gather(gather)
         gathers.append(gather)
         if unit.shapes:
-            parts.append(_partition_unit(unit, gather, levels, placement, formats, settings.update))
+            parts.append(_partition_unit(unit, gather, levels, placement, formats, update))
     frozen = [unit for unit in all_units if not unit.shapes]
-    separate = settings.weights != "fp32" or not build_update_wire(settings.update).is_exact
+    separate = settings.weights != "fp32" or not build_update_wire(update).is_exact
     for part in parts:
         part.build_masters(meshes, separate=separate)
         for name in originals.keys() & part.masters.keys():
@@ -240,7 +243,10 @@ def _shard(
     compute_dtype: torch.dtype | None,
     ahead: int,
 ) -> None:
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    kept = next(model.parameters()).dtype
+    # Without a param_dtype FSDP2 would not cast the inputs.
+    param_dtype = compute_dtype or (None if kept == torch.float32 else kept)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for module in [*blocks, model]:
         fully_shard(module, mesh=meshes.params, mp_policy=policy)
     assert isinstance(model, FSDPModule)
