@@ -77,6 +77,11 @@ class PartitionedState:
 
     def load(self, state: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
         """Take a tree back; returns steps and draws, and whether the weights must be spread anew."""
+        if "all_ranks" in state:
+            raise ValueError(
+                "load_state_dict: these are the states of all ranks of another job, each with its own shards; save "
+                'all but "own" of state_dict() as DTensors, which any number of ranks can load'
+            )
         if lacking := [key for key in ("state", "param_groups", "masters", "steps", "draws") if key not in state]:
             raise ValueError(
                 f"load_state_dict: {', '.join(lacking)} is missing: this is not the state of a partitioned optimizer; "
@@ -145,7 +150,8 @@ class PartitionedState:
             for unit in self._units
             for level, count in unit.gradients.memory_counts().items()
         )
-        return f"levels {levels}, params, grads, optim over {sharded} ranks, memories {kept or 'none'}"
+        place = self._levels.digits[self._levels.rank]
+        return f"levels {levels}, here {place}, params, grads, optim over {sharded} ranks, memories {kept or 'none'}"
 
 
 def _rest(masters: Mapping[str, Tensor], steps: int, draws: int, own: Mapping[str, Any]) -> dict[str, Any]:
