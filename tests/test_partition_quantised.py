@@ -47,7 +47,7 @@ class Net(nn.Module):
 def train(rank: TorchRank, model: nn.Module, options: dict[str, Any], *, refuse: bool = False) -> tuple[Tensor, Tensor]:
     """Losses by step, and the weights as this rank sees them."""
     queue = rank.queue()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("world", "node"))
+    mesh = init_device_mesh("cpu", (2, rank.size // 2), mesh_dim_names=("world", "node"))
     model = copy.deepcopy(model)
     optimizer = partition(model, mesh, torch.optim.AdamW, queue=queue, lr=1e-2, foreach=True, **options)
     losses = []
@@ -106,3 +106,19 @@ def test_a_refused_step_leaves_nothing_behind(runs: dict[str, list[tuple[Tensor,
     for plain, refused in zip(runs["nearest"], runs["refused"], strict=True):
         assert torch.equal(plain[0], refused[0])
         assert torch.equal(plain[1], refused[1])
+
+
+def test_weights_that_reach_no_other_rank_are_not_rounded() -> None:
+    """Formats of gathers where every rank has all weights, and of updates where owners have them already."""
+    torch.manual_seed(5)
+    model = Net()
+    whole = {"params": "rank", "grads": "world", "optim": "world"}
+    owned = {"params": "world", "grads": "world", "optim": "world"}
+
+    def work(rank: TorchRank) -> list[Tensor]:
+        ways = [whole, {**whole, "gather": "int8"}, owned, {**owned, "update": "difference"}]
+        return [train(rank, model, way)[1] for way in ways]
+
+    for plain, gathered, kept, updated in run_torch_ranks([2], work):
+        assert torch.equal(plain, gathered)
+        assert torch.equal(kept, updated)
