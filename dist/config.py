@@ -87,6 +87,15 @@ class RunConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bf16_weights_compute_in_bf16(self) -> RunConfig:
+        if getattr(self.method, "weights", None) == "bf16" and self.train.precision != "bf16":
+            raise ValueError(
+                f"method.weights: bf16 is what the model would compute in, but train.precision is "
+                f"{self.train.precision}; give train.precision=bf16, or method.weights=fp32"
+            )
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """All settings that this run uses, as JSON values."""
         settings = self.model_dump(mode="json")

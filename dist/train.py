@@ -174,6 +174,7 @@ class Trainer:
         self._publish()
         if saved != state.step:
             state.save()
+        self.engine.close()
         return Outcome(state.step, self._stopping_ranks if state.step < steps else (), self._last)
 
     def _train_step(self) -> Record:

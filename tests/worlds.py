@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from ranks import Rank
+from torch_threads import TorchRank
 
+from thinwire.comm.queue import CommQueue
 from thinwire.dist.config import RunConfig, load_config
 from thinwire.dist.corpus import standard_library
 from thinwire.dist.interface import loopback_interface
-from thinwire.dist.mesh import MeshSettings, build_mesh
+from thinwire.dist.mesh import LevelSettings, Mesh, MeshSettings, build_mesh
 from thinwire.dist.place import Place
 from thinwire.dist.world import World, WorldSettings
 
@@ -21,6 +24,19 @@ from thinwire.dist.world import World, WorldSettings
 def thread_world(rank: Rank) -> World:
     """What join() would give, made of threads; close its queue and monitor with close_world()."""
     queue = rank.queue(levels=["self" if r == rank.rank else "node" for r in range(rank.size)])
+    return _world(rank, rank.group, queue, build_mesh(MeshSettings(), rank=rank.rank, hosts=["here"] * rank.size))
+
+
+def torch_world(rank: TorchRank) -> World:
+    """The same, of threads that have all of torch.distributed, with the levels of the machine that they play."""
+    group = dist.new_group()
+    assert isinstance(group, dist.ProcessGroup)
+    levels = [LevelSettings(name=name, size=rank.levels.size(i + 1)) for i, name in enumerate(rank.levels.names)]
+    mesh = build_mesh(MeshSettings(levels=tuple(levels)), rank=rank.rank, hosts=["here"] * rank.size)
+    return _world(rank, group, rank.queue(), mesh)
+
+
+def _world(rank: Rank | TorchRank, group: dist.ProcessGroup, queue: CommQueue, mesh: Mesh) -> World:
     return World(
         place=Place("single", rank.rank, rank.size, rank.rank, rank.size, 0, "127.0.0.1", 0),
         settings=WorldSettings(),
@@ -33,8 +49,8 @@ def thread_world(rank: Rank) -> World:
         device=torch.device("cpu"),
         backend="gloo",
         store=rank.store,
-        group=rank.group,
-        mesh=build_mesh(MeshSettings(), rank=rank.rank, hosts=["here"] * rank.size),
+        group=group,
+        mesh=mesh,
         meter=queue.meter,
         monitor=queue.monitor,
         queue=queue,
