@@ -24,9 +24,11 @@ class PartitionSettings(Settings):
     secondary: a level faster than params that keeps its share of the gathered weights until they change; null = none.
     weights: dtype in which they are kept between steps; with bf16, and with update wires that are not exact, the owner
       keeps an fp32 master.
-    gather: format of the weights on their way over the params levels, in each forward and backward.
-    update: format of changed weights on their way from their owner to the params level's shards, once per step.
-    gradients: format by name of level, fp32 where none is given.
+    gather: format of the weights on their way over the params levels, in each forward and backward: same (as they are)
+      or int8.
+    update: format of changed weights on their way from their owner to the params level's shards, once per step: same,
+      int8 or difference.
+    gradients: format by name of level: fp32 (where none is given), bf16, fp16, int8 or int4.
     clip_norm: largest norm of the mean gradient; 0 = no limit.
     seed: of stochastic rounding; the same on every rank.
     """
