@@ -11,7 +11,9 @@ from torch import Tensor
 from thinwire.comm.channel import Channel
 from thinwire.comm.partition.hop import Hop
 from thinwire.comm.partition.levels import Levels
+from thinwire.comm.partition.wires.recode import encode_in_order, encode_sum, gathered, sum_of
 from thinwire.comm.partition.wires.wire import Wire
+from thinwire.kernels.block_payload import Runs
 
 
 class Cascade:
@@ -40,8 +42,12 @@ class Cascade:
         *,
         key: int = 0,
         memories: Mapping[str, Tensor] | None = None,
+        order: Runs | None = None,
     ) -> Tensor:
-        """The sum over the tree's ranks of this rank's leaf: fp32.
+        """The sum over the tree's ranks of this rank's leaf: fp32, new memory unless the tree is this rank alone.
+
+        Each rank encodes one slice for every peer of a level, its own included; what it gets is added in fp32, in the
+        order of the peers, and encoded anew for the next level.
 
         Args:
             values: fp32, flat: the slices of all leaves, in their order.
@@ -49,12 +55,20 @@ class Cascade:
             wires: the format of each level, by its name.
             key: of random numbers; see Wire.encode.
             memories: error feedback by the level's name, fp32, of the size that reduce_scatter_counts() says.
+            order: how the slices lie in `values`, if otherwise: runs of the first level.
         """
-        for hop, sums in zip(self._hops, self._hop_sums(counts), strict=True):
-            memory = (memories or {}).get(hop.name)
-            values = hop.reduce_scatter(channel, values, sums, wires[hop.name], key=key, memory=memory)
-            key += 1
-        return values
+        if not self._hops:
+            return gathered(values, order)
+        hop_sums, of = self._hop_sums(counts), memories or {}
+        sent = encode_in_order(values, wires[self.names[0]], hop_sums[0], order, key=key, memory=of.get(self.names[0]))
+        for index, (hop, sums) in enumerate(zip(self._hops, hop_sums, strict=True)):
+            received = hop.swap(channel, sent, sums, wires[hop.name])
+            if index + 1 < len(self._hops):
+                after = self.names[index + 1]
+                wire, sums_after = wires[after], hop_sums[index + 1]
+                key += 1
+                sent = encode_sum(received, wires[hop.name], wire, sums_after, key=key, memory=of.get(after))
+        return sum_of(received, wires[hop.name], counts[self.leaf])
 
     def all_gather(self, channel: Channel, own: Tensor, sizes: Sequence[int]) -> Tensor:
         """Every leaf's bytes in the order of the leaves, uint8.
@@ -67,6 +81,10 @@ class Cascade:
             own = hop.all_gather(channel, own, sums)
         return own
 
+    def first_counts(self, counts: Sequence[int]) -> list[int]:
+        """Elements of each slice that reduce_scatter() encodes for the first level."""
+        return self._hop_sums(counts)[0] if self._hops else [sum(counts)]
+
     def reduce_scatter_counts(self, counts: Sequence[int]) -> dict[str, int]:
         """Elements that enter each level of reduce_scatter() on this rank, by its name."""
         return {hop.name: sum(sums) for hop, sums in zip(self._hops, self._hop_sums(counts), strict=True)}
@@ -74,7 +92,7 @@ class Cascade:
     def reduce_scatter_bytes(self, counts: Sequence[int], wires: Mapping[str, Wire]) -> dict[str, int]:
         """Payload bytes that this rank sends in reduce_scatter(), by level."""
         return {
-            hop.name: hop.reduce_scatter_bytes(sums, wires[hop.name])
+            hop.name: hop.swap_bytes(sums, wires[hop.name])
             for hop, sums in zip(self._hops, self._hop_sums(counts), strict=True)
         }
 

@@ -13,8 +13,10 @@ from thinwire.comm.partition.cascade import Cascade
 from thinwire.comm.partition.levels import Levels
 from thinwire.comm.partition.ownership import Ownership
 from thinwire.comm.partition.placement import Placement
+from thinwire.comm.partition.wires.recode import gathered
 from thinwire.comm.partition.wires.wire import Wire
 from thinwire.comm.two_shot import split_evenly
+from thinwire.kernels.block_payload import Runs
 
 _PIECE = 256  # elements: what replicas of an owner share is cut in steps of this, so that blocks are whole
 _SUM = "sum over replicas"  # the memory of what these sums have left out
@@ -59,6 +61,7 @@ class GradientShard:
         own = ownership.count(self._owner, self._owner + 1)
         self._pieces = split_evenly(own, self._replicas.leaves, _PIECE)
         self._feedback = feedback
+        self._order: Runs | None = None
         self._is_empty = True
         self._next_memories: dict[str, Tensor] = {}
         self._has_next = False
@@ -97,8 +100,20 @@ class GradientShard:
         Args:
             values: fp32, the whole unit in flat order; not used afterwards by the caller.
         """
-        if channel is not None:
-            values = self._inside.reduce_scatter(channel, values, self._inside_counts(), self._wires, key=key)
+        self._take(channel, values, key, None)
+
+    def take_from_fsdp(self, channel: Channel | None, flat: Tensor, key: int) -> None:
+        """take() of FSDP2's flat gradient, read from where it is."""
+        if self._order is None:
+            self._order = self._ownership.order_of_fsdp(self._inside.first_counts(self._inside_counts()))
+        self._take(channel, flat, key, self._order)
+
+    def _take(self, channel: Channel | None, values: Tensor, key: int, order: Runs | None) -> None:
+        if channel is None:
+            values = gathered(values, order)
+        else:
+            counts = self._inside_counts()
+            values = self._inside.reduce_scatter(channel, values, counts, self._wires, key=key, order=order)
         if self.total is None:
             self.total = torch.empty(sum(self._counts), dtype=torch.float32, device=values.device)
         if self._is_empty:

@@ -24,36 +24,22 @@ class Hop:
         self.peers = levels.peers(level)
         self.digit = self.peers.index(levels.rank)
 
-    def reduce_scatter(
-        self,
-        channel: Channel,
-        values: Tensor,
-        counts: Sequence[int],
-        wire: Wire,
-        *,
-        scale: float = 1.0,
-        key: int = 0,
-        memory: Tensor | None = None,
-    ) -> Tensor:
-        """The scaled sum of the peers' values, of which this rank gets its slice: fp32, new memory.
+    def swap(self, channel: Channel, sent: Tensor, counts: Sequence[int], wire: Wire) -> Tensor:
+        """Every peer's payload for this rank, in the order of the peers: uint8 (peers, bytes), new memory.
 
-        Each rank encodes one slice for every peer, its own included, and sends them; the owner adds up what the peers'
-        payloads decode to, in the order of the peers. So each value is quantised once, and added in fp32.
+        The first half of a reduce-scatter; the other is that the owner of a slice adds up what its payloads decode to,
+        in this order. So each value is quantised once, and added in fp32.
 
         Args:
-            values: fp32, flat: the slices of all peers, in their order.
+            sent: uint8: a payload for every peer, this rank included, as `wire` encodes slices.
             counts: elements of each slice, the same on all peers.
         """
         sizes = [wire.payload_bytes(count) for count in counts]
-        sent = wire.encode(values, counts, key=key, memory=memory)
-        received = torch.empty(len(counts) * sizes[self.digit], dtype=torch.uint8, device=values.device)
-        parts = channel.among(self.peers)
+        received = torch.empty(len(counts), sizes[self.digit], dtype=torch.uint8, device=sent.device)
         own = [sizes[self.digit]] * len(counts)
-        parts.all_to_all(received, sent, own, sizes, in_rounds=is_worth_rounds(max(sizes)))
-        reduced = torch.empty(counts[self.digit], dtype=torch.float32, device=values.device)
-        if reduced.numel():
-            wire.reduce(received.view(len(counts), -1), reduced, scale=scale)
-        return reduced
+        parts = channel.among(self.peers)
+        parts.all_to_all(received.view(-1), sent, own, sizes, in_rounds=is_worth_rounds(max(sizes)))
+        return received
 
     def all_gather(self, channel: Channel, own: Tensor, sizes: Sequence[int]) -> Tensor:
         """Every peer's bytes, in the order of the peers: uint8, new memory.
@@ -66,8 +52,8 @@ class Hop:
         channel.among(self.peers).all_gather(gathered, own, sizes, in_rounds=is_worth_rounds(max(sizes)))
         return gathered
 
-    def reduce_scatter_bytes(self, counts: Sequence[int], wire: Wire) -> int:
-        """Payload bytes that this rank sends in reduce_scatter()."""
+    def swap_bytes(self, counts: Sequence[int], wire: Wire) -> int:
+        """Payload bytes that this rank sends in swap()."""
         return sum(wire.payload_bytes(count) for peer, count in enumerate(counts) if peer != self.digit)
 
     def all_gather_bytes(self, own_bytes: int) -> int:

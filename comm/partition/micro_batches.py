@@ -156,7 +156,7 @@ class MicroBatches:
 
     def _reduce(self, part: PartitionedUnit, flat: Tensor, key: int, channel: Channel | None) -> None:
         with torch.no_grad():
-            part.gradients.take(channel, part.ownership.flatten_fsdp(flat), key)
+            part.gradients.take_from_fsdp(channel, flat, key)
 
     def _settle(self) -> None:
         index, pending, sends = self._under_way.popleft()

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from thinwire.kernels.block_payload import Runs
+
 
 def chunk(rows: int, parts: int, part: int) -> tuple[int, int]:
     """Rows [start, stop) of a part, as torch.chunk and DTensor's Shard(0) cut them: the first parts are the larger."""
@@ -82,26 +84,25 @@ class Ownership:
             for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
         }
 
-    def chunks_of_fsdp(self, flat: Tensor) -> list[dict[str, Tensor]]:
-        """FSDP2's flat gradient of the unit as rows by name, chunk after chunk of the params level.
+    def order_of_fsdp(self, counts: Sequence[int]) -> Runs:
+        """Where the values of the flat order lie in FSDP2's flat gradient of the unit.
 
-        FSDP2 puts the chunks one after another, and in each the parameters, padded to the rows of the largest chunk.
+        FSDP2 puts the chunks of the params level one after another, and in each the parameters, padded to the rows of
+        the largest chunk.
+
+        Args:
+            counts: into which runs the flat order is cut.
         """
         each = {name: -(-self._count_rows(name) // self.cuts[0]) * self._row_numel[name] for name in self.shapes}
-        assert flat.numel() == self.cuts[0] * sum(each.values()), (flat.numel(), each, self.cuts)
-        table = flat.view(self.cuts[0], -1)
-        return [
-            dict(zip(each, row.split(list(each.values())), strict=True))  # contiguous: views
-            for row in table
-        ]
-
-    def flatten_fsdp(self, flat: Tensor) -> Tensor:
-        """FSDP2's flat gradient of the unit in flat order, fp32, as new memory."""
-        per_chunk = self.owners // self.cuts[0]
-        pieces: list[Tensor] = []
-        for index, sources in enumerate(self.chunks_of_fsdp(flat)):
-            pieces += self.pieces(sources, index * per_chunk, (index + 1) * per_chunk)
-        return torch.cat(pieces).to(torch.float32) if pieces else flat.new_empty(0, dtype=torch.float32)
+        per_chunk, segments = self.owners // self.cuts[0], []
+        for owner in range(self.owners):
+            first = owner // per_chunk * per_chunk
+            at = owner // per_chunk * sum(each.values())
+            for name, size in each.items():
+                skipped = self._rows[name][owner][0] - self._rows[name][first][0]
+                segments.append((at + skipped * self._row_numel[name], self.numel(name, owner)))
+                at += size
+        return Runs(counts, segments)
 
     def _count_rows(self, name: str) -> int:
         shape = self.shapes[name]
