@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import thinwire as tw
-from thinwire.comm.partition.door import enter, find_blocks
+from thinwire.comm.partition.blocks import find_blocks
+from thinwire.comm.partition.door import enter
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.dist.mesh import MeshSettings
 from thinwire.dist.models import build_model
