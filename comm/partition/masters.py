@@ -86,5 +86,8 @@ class Masters:
 
     def _versions(self) -> list[tuple[object, ...]]:
         """Of the trained weights only: that frozen ones are changed is nothing to the masters."""
-        shards = [cast(DTensor, parameter)._local_tensor for parameter in self._unit.parameters().values()]
-        return [(shard._version, shard.data_ptr(), shard.device) for shard in shards]
+        weights = [cast(DTensor, parameter) for parameter in self._unit.parameters().values()]
+        # A change counts in the DTensor or in its local part, depending on which of them it was made.
+        return [
+            (w._version, w._local_tensor._version, w._local_tensor.data_ptr(), w._local_tensor.device) for w in weights
+        ]

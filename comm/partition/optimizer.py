@@ -127,6 +127,7 @@ class PartitionedOptimizer(Optimizer):
             bad = self._backward.finish()
             self._norm = self.last_norm = self._measure(bad)
             for unit in self._units:
+                unit.own.follow()  # to_empty() moves them from the meta device
                 pieces = unit.ownership.named_pieces(unit.gradients.own, self._owner)
                 for name, master in unit.masters.items():
                     master.grad = self._like(master, pieces[name])

@@ -110,9 +110,12 @@ class Unit:
         return {name: p.sharded_param for name, p in self._trained.items()}
 
     def versions(self) -> tuple[int, ...]:
-        """Changes whenever weights, frozen ones too, are changed in place or replaced."""
-        tensors = [cast(DTensor, p.sharded_param)._local_tensor for p in self._group.fsdp_params]
-        return tuple(number for tensor in tensors for number in (tensor._version, tensor.data_ptr()))
+        """Changes whenever weights, frozen ones too, are changed in place or replaced; torch hides changes of .data.
+
+        A change counts in the DTensor or in its local part, depending on which of them it was made.
+        """
+        weights = [cast(DTensor, p.sharded_param) for p in self._group.fsdp_params]
+        return tuple(n for w in weights for n in (w._version, w._local_tensor._version, w._local_tensor.data_ptr()))
 
 
 def find_units(model: nn.Module) -> list[Unit]:
