@@ -42,6 +42,7 @@ VARIANTS = (
     Variant("all-reduce bf16", ("method.dtype=bf16",)),
     Variant("low rank 16", (_LOW_RANK,)),
     Variant("SparseLoCo", (_SPARSELOCO,)),
+    Variant("partition, 4 bits", (), "demo_partition.yaml"),
     Variant("gossip, one merge", (), "demo_gossip.yaml"),
     Variant("one byte, after fp32", ("checkpoint.resume=FOLDER/all-reduce-fp32/checkpoints",), "demo_onebyte.yaml"),
 )

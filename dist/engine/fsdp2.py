@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -66,19 +67,20 @@ class FSDP2Engine:
         micro_batches: int,
     ) -> None:
         _rebuild_forward(find_blocks(model), settings)
-        self._partitioned: PartitionedOptimizer = enter(
-            model,
-            world.mesh,
-            plan.factory,
-            method.model_copy(update={"clip_norm": clip_norm}),
-            parameter_groups=plan.groups,
-            compute_dtype=torch.bfloat16 if precision == "bf16" else None,
-            micro_batches=micro_batches,
-            prefetch=settings.prefetch,
-            queue=world.queue,
-            timeout_s=world.settings.timeout_s,
-            **plan.options,
-        )
+        with _paths_of_the_run():
+            self._partitioned: PartitionedOptimizer = enter(
+                model,
+                world.mesh,
+                plan.factory,
+                method.model_copy(update={"clip_norm": clip_norm}),
+                parameter_groups=plan.groups,
+                compute_dtype=torch.bfloat16 if precision == "bf16" else None,
+                micro_batches=micro_batches,
+                prefetch=settings.prefetch,
+                queue=world.queue,
+                timeout_s=world.settings.timeout_s,
+                **plan.options,
+            )
         model.register_forward_hook(_drop_gathered)
         self.network = model
         self.optimizer: Optimizer = self._partitioned
@@ -148,6 +150,18 @@ def _rebuild_forward(blocks: list[nn.Module], settings: FSDP2Settings) -> None:
             block.forward = torch.compile(block.forward, backend=settings.compile)
         if settings.activation_checkpointing:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+@contextmanager
+def _paths_of_the_run() -> Iterator[None]:
+    """In a configuration the arguments of partition() stand under `method`: its errors must name them so."""
+    try:
+        yield
+    except ValueError as error:
+        argument = re.match(r"[a-z]+", str(error))
+        if argument is None or argument[0] not in PartitionSettings.model_fields:
+            raise
+        raise ValueError(f"method.{error}") from None
 
 
 def _drop_gathered(model: nn.Module, inputs: object, scores: object) -> None:
