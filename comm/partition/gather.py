@@ -69,6 +69,11 @@ class Gather(AllGather):
         """Memory of the secondary copy."""
         return self._kept[1].nbytes if self._kept else 0
 
+    @property
+    def predicted_kept_bytes(self) -> int:
+        """Memory of the secondary copy once there has been a gather."""
+        return self._payload_bytes(self.unit.padded_numel) * self._slow.leaves if self._keeps else 0
+
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 

@@ -80,6 +80,11 @@ class GradientShard:
         return self._counts[self._between.leaf]
 
     @property
+    def total_numel(self) -> int:
+        """Elements of `total`."""
+        return sum(self._counts)
+
+    @property
     def is_empty(self) -> bool:
         """Whether nothing has been taken since the last clear()."""
         return self._is_empty
@@ -178,6 +183,10 @@ class GradientShard:
         if self._replicas.leaves > 1 and self._replicas.names[-1] in self._feedback:
             found[_SUM] = self._pieces[self._replicas.leaf]
         return found
+
+    def all_memories(self) -> list[Tensor]:
+        """Everything that error feedback keeps."""
+        return [*self.memories.values(), *self._next_memories.values()]
 
     def _begin_memories(self) -> dict[str, Tensor]:
         """Copies of the memories, for the step to change."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -120,20 +120,19 @@ def refuse_other_names(
         )
 
 
-def stand_in(inner: Optimizer, make: Callable[[nn.Parameter], nn.Parameter]) -> Optimizer:
+def stand_in(inner: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> Optimizer:
     """An optimizer that has stepped once, with gradients of zero, on other parameters; `inner` is as before.
 
     Args:
-        make: gives a parameter for each of inner's; or the same one for several.
+        groups: parameters for each of inner's groups.
     """
     stand = object.__new__(type(inner))
     stand.__dict__.update(inner.__dict__)
     stand.state = defaultdict(dict)
     stand._optimizer_step_pre_hooks, stand._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    stand.param_groups = [{**group, "params": [make(p) for p in group["params"]]} for group in inner.param_groups]
-    for group in stand.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    stand.param_groups = [{**group, "params": list(own)} for group, own in zip(inner.param_groups, groups, strict=True)]
+    for parameter in (parameter for own in groups for parameter in own):
+        parameter.grad = torch.zeros_like(parameter)
     type(inner).step(stand)
     return stand
 

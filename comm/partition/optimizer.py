@@ -19,6 +19,7 @@ from thinwire.comm.partition.gather import Gather
 from thinwire.comm.partition.gradient_shard import GradientShard
 from thinwire.comm.partition.levels import Levels
 from thinwire.comm.partition.masters import Masters
+from thinwire.comm.partition.memory import measure_memory, predict_memory
 from thinwire.comm.partition.micro_batches import MicroBatches
 from thinwire.comm.partition.ownership import Ownership
 from thinwire.comm.partition.placement import Placement
@@ -202,6 +203,25 @@ class PartitionedOptimizer(Optimizer):
         for by_level in bytes_by_operation(self._units, self._gathers, self.micro_batches).values():
             sent.update(by_level)
         return {level: count for level, count in sent.items() if count}
+
+    def predicted_memory(self) -> dict[str, int]:
+        """Bytes that this rank keeps between steps, by state.
+
+        For a model of n elements, of which t are trained, with states over s_p, s_g and s_o ranks, up to whole rows:
+            params: b n / s_p, b = 4 (weights fp32) or 2 (bf16)
+            grads: 4 t / s_g, kept from step to step
+            optim: (k + m) t / s_o, k what the optimizer keeps for an element (AdamW: 8), m = 4 where the fp32 masters
+                are not the weights themselves
+            secondary: c n / s_2, c what an element takes in a gather; from the first gather of a step until its end
+            memories: 8 e with e the elements that enter the levels with error feedback
+        Beside these come the activations, the gathered weights and whole gradients of the few units in use, and the
+        payloads under way. States that an optimizer does not keep by element are guessed from a small parameter.
+        """
+        return predict_memory(self._units, self._gathers, self.inner)
+
+    def measured_memory(self) -> dict[str, int]:
+        """As predicted_memory(), counted in the storages of the tensors that there are now."""
+        return measure_memory(self._units, self._gathers, self.inner)
 
     def remove(self) -> None:
         """Leave the model a plain fully_shard() module over the params level, with torch's own collectives.

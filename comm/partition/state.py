@@ -53,14 +53,13 @@ class PartitionedState:
     def template(self) -> dict[str, Any]:
         """The tree after a step, of zeros."""
         names = self._names()
-        stands: dict[int, str] = {}
-
-        def make(master: nn.Parameter) -> nn.Parameter:
-            parameter = nn.Parameter(torch.zeros_like(master))
-            stands[id(parameter)] = names[id(master)]
-            return parameter
-
-        stand = stand_in(self._inner, make)
+        groups = [[nn.Parameter(torch.zeros_like(p)) for p in group["params"]] for group in self._inner.param_groups]
+        stands = {
+            id(stand): names[id(master)]
+            for own, group in zip(groups, self._inner.param_groups, strict=True)
+            for stand, master in zip(own, group["params"], strict=True)
+        }
+        stand = stand_in(self._inner, groups)
         masters = {
             name: torch.zeros_like(one.parameter) for name, one in self._owned().items() if one.unit.own.separate
         }
