@@ -132,15 +132,16 @@ class RunTile:
         values = x
         if self._smooth is not None:
             values = self._values[: -(-x.numel() // ORDER) * ORDER]
-            values[: x.numel()] = x
-            values[x.numel() :] = 0
-            self._smooth.transform(values)
+            padded = x
+            if len(x) < len(values):
+                padded = torch.nn.functional.pad(x, (0, len(values) - len(x)))
+            self._smooth.transform(padded, values)
         codes = self._codes[codes_bytes(start, form.bits) : codes_bytes(start + values.numel(), form.bits)]
         scales = self._scales[scales_count(start, form.block) : scales_count(stop, form.block)]
         self._blocks.write(values, place, codes, scales, keep_error=keep_error and self._smooth is None)
         if keep_error and self._smooth is not None:
             decode_tile(codes, scales, bits=form.bits, block=form.block, out=values)
-            self._smooth.transform(values)
+            self._smooth.transform(values, values)
             x.sub_(values.mul_(1 / ORDER)[: x.numel()])
 
 

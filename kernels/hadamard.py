@@ -47,7 +47,7 @@ class HadamardTile:
         for a, b, total, difference in self._rounds:
             torch.add(a, b, out=total)
             torch.sub(a, b, out=difference)
-        rows.copy_(self._last)
+        out.view(-1, ORDER).copy_(self._last)
 
     def _lay_out(self, columns: int) -> None:
         """Make the views for as many 32s: that would take as long as the additions."""

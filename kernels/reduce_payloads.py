@@ -167,7 +167,7 @@ class _SumTile:
         if self._factor != 1.0:
             total.mul_(self._factor)
         if self._smooth is not None:
-            self._smooth.transform(total)
+            self._smooth.transform(total, total)
             total.mul_(1 / ORDER)
         return total[start - first : stop - first]
 
