@@ -18,14 +18,15 @@ from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo  # DTensor's first use would import it, in every process after the fork
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch_threads import TorchRank
@@ -128,16 +129,18 @@ def train_partitioned(
     even: bool,
     secondary: int | None,
 ) -> dict[str, Any]:
-    levels = dict(zip(("params", "grads", "optim"), (WIDER[depth] for depth in triple), strict=True))
+    params, grads, optim = (WIDER[depth] for depth in triple)
     kept = None if secondary is None else WIDER[secondary]
-    settings = PartitionSettings.model_validate({**levels, "secondary": kept})
+    settings = PartitionSettings(params=params, grads=grads, optim=optim, secondary=kept)
     model = Net(even=even)
     flows = predict_flows(unit_shapes(model, list(model.blocks)), rank.levels, settings, micro_batches=MICRO_BATCHES)
     optimizer = partition(
         model,
         mesh,
         MAKERS[name],
-        **levels,
+        params=params,
+        grads=grads,
+        optim=optim,
         secondary=kept,
         clip_norm=CLIP,
         micro_batches=MICRO_BATCHES,
@@ -146,6 +149,7 @@ def train_partitioned(
 
     def contexts(step: int, micro_batch: int) -> Any:
         """In the second step, what goes beyond grads is sent while backward runs."""
+        assert isinstance(model, FSDPModule)
         model.set_requires_all_reduce(step == 1 and micro_batch == MICRO_BATCHES - 1)
         return nullcontext()
 
@@ -160,10 +164,10 @@ def train_partitioned(
     predicted: dict[str, dict[str, int]] = {}
     for flow in flows:
         predicted.setdefault(flow.operation, {})[flow.level] = flow.payload_bytes
-    shard = b"".join(p.to_local().detach().numpy().tobytes() for p in model.parameters())
+    shards = [cast(DTensor, p).to_local().detach().numpy().tobytes() for p in model.parameters()]
     found = {
         "losses": losses,
-        "weights": zlib.crc32(shard),
+        "weights": zlib.crc32(b"".join(shards)),
         "number": rank.levels.number(rank.rank, triple[0]),
         "sent": sent,
         "predicted": predicted,
