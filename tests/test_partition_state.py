@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -19,7 +20,8 @@ from torch_threads import TorchRank, run_torch_ranks
 from thinwire.comm.partition.door import enter
 from thinwire.comm.partition.optimizer import PartitionedOptimizer
 from thinwire.comm.partition.settings import PartitionSettings
-from thinwire.dist.checkpoint import Checkpointer, CheckpointSettings
+from thinwire.dist.checkpoint import Checkpointer, CheckpointError, CheckpointSettings
+from thinwire.dist.checkpoint_export import export_sharded_safetensors
 
 Pieces: TypeAlias = dict[str, tuple[int, Tensor]]
 
@@ -189,6 +191,29 @@ def test_the_same_ranks_go_on_bit_for_bit_with_coded_wires_and_others_drop_what_
 def assert_equal(left: Pieces, right: Pieces) -> None:
     assert left.keys() == right.keys()
     assert [name for name, (_, value) in left.items() if not torch.equal(value, right[name][1])] == []
+
+
+def test_whole_weights_as_one_file_from_rank_0(tmp_path: Path) -> None:
+    def work(rank: TorchRank) -> None:
+        run = Run(rank, "run", params="node", grads="world", optim="world")
+        run.train(0, 1)
+        group = dist.new_group()
+        path = tmp_path / "model.safetensors"
+        export_sharded_safetensors(run.model, path, group=group, rank=rank.rank, world_size=rank.size)
+        for name, value in load_file(path).items():
+            assert torch.equal(distribute(value, run.model.state_dict()[name]), run.weights()[name])
+        with pytest.raises(CheckpointError, match="rank 0: on"):
+            export_sharded_safetensors(
+                run.model, path / "below a file", group=group, rank=rank.rank, world_size=rank.size
+            )
+
+    run_torch_ranks([2, 4], work)
+
+
+def distribute(whole: Tensor, like: Any) -> Tensor:
+    """The shard that `like` has of it."""
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return whole[offset[0] : offset[0] + shape[0]]
 
 
 def test_masters_follow_weights_that_somebody_else_has_changed() -> None:
