@@ -185,6 +185,7 @@ def test_damaged_payloads_decode_to_something(given_: Any, mutations: Callable[[
         ({"gradients": {"node": {"kind": "int8", "block": 48}}}, "gradients.node.int8.block", "multiple of 32"),
         ({"gradients": {"node": "int2"}}, "gradients.node", "'fp32', 'bf16', 'fp16', 'int8', 'int4'"),
         ({"gradients": {"node": {"kind": "int4", "beta": 1}}}, "gradients.node.int4.beta", "not permitted"),
+        ({"gradients": {"world": {"kind": "fp32", "feedback": True}}}, "gradients.world.fp32", "leaves nothing out"),
         ({"gather": "difference"}, "gather", "'same', 'int8'"),
         ({"update": {"kind": "difference", "bits": 2}}, "update.difference.bits", "4 or 8"),
         ({"update": "int4"}, "update", "'same', 'int8', 'difference'"),

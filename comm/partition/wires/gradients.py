@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from thinwire.comm.partition.levels import WHOLE, Levels
 from thinwire.comm.partition.placement import Placement
@@ -28,6 +28,12 @@ class PlainGradients(Settings):
 
     kind: Literal["fp32", "bf16", "fp16"] = "fp32"
     feedback: bool = False
+
+    @model_validator(mode="after")
+    def _leaves_something_out(self) -> PlainGradients:
+        if self.feedback and self.kind == "fp32":
+            raise ValueError("feedback: true with fp32, which leaves nothing out; set it to false, or choose bf16")
+        return self
 
     def build(self) -> Wire:
         return PlainWire(DTYPES[self.kind])
