@@ -140,7 +140,7 @@ def build_levels(names: Sequence[str], sizes: Sequence[int], order: Sequence[int
         ValueError: the sizes do not nest, or the last is not the number of ranks.
     """
     fanouts = []
-    for name, size, before in zip(names, sizes, (1, *sizes[:-1]), strict=True):
+    for name, size, before in zip(names, sizes, (1, *sizes)[: len(sizes)], strict=True):
         if size % before:
             raise ValueError(f"mesh: level {name} has groups of {size}, which groups of {before} do not divide")
         fanouts.append(size // before)

@@ -43,15 +43,15 @@ def describe(
         states.append(f"a second copy of the weights over {_where(levels, placement.secondary)}")
     trained = sum(unit.ownership.count(0, unit.ownership.owners) for unit in units)
     mine = sum(unit.gradients.own_numel for unit in units)
-    sent = bytes_by_operation(units, gathers, micro_batches)
-    return "\n".join(
-        [
-            f"partition: {', '.join(states)}",
-            f"{len(gathers)} units, {trained:,} trained parameters, of which this rank updates {mine:,}",
-            f"sent by this rank per step of {micro_batches} micro-batch{'es' * (micro_batches > 1)}, bytes:",
-            *_table(sent, levels.names),
-        ]
-    )
+    lines = [
+        f"partition: {', '.join(states)}",
+        f"{len(gathers)} unit{'s' * (len(gathers) > 1)}, {trained:,} trained parameters, of which this rank updates "
+        f"{mine:,}",
+    ]
+    if levels.depth:
+        lines.append(f"sent by this rank per step of {micro_batches} micro-batch{'es' * (micro_batches > 1)}, bytes:")
+        lines += _table(bytes_by_operation(units, gathers, micro_batches), levels.names)
+    return "\n".join(lines)
 
 
 def _where(levels: Levels, depth: int) -> str:
