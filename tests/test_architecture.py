@@ -22,6 +22,7 @@ EVERYTHING = sorted({*SOURCES, *(p for f in ("thinwire", "benchmarks", "tests") 
 ENVIRONMENT = {
     "launch/env.py": "reads the launcher's variables",
     "launch/lab/": "hands its environment on to the processes that it starts",
+    "dist/engine/deepspeed.py": "tells DeepSpeed its local rank, which has no other way in",
     "dist/world.py": "tells gloo its interface, which has no other way in",
 }
 MAX_LINES = 600

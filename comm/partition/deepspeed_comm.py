@@ -15,9 +15,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.comm.channel import Channel
-from thinwire.comm.partition.levels import WHOLE, Levels, MachineMesh, levels_of
+from thinwire.comm.partition.levels import Levels, MachineMesh, levels_of
+from thinwire.comm.partition.placement import Placement
 from thinwire.comm.partition.rank_order import RankOrder
-from thinwire.comm.partition.wires.gradients import GradientWireSettings
+from thinwire.comm.partition.wires.gradients import GradientWireSettings, PlainGradients, formats_of
 from thinwire.comm.partition.wires.plain import PlainWire
 from thinwire.comm.partition.wires.weights import GatherWireSettings, build_gather_wire
 from thinwire.comm.partition.wires.wire import Wire
@@ -242,6 +243,7 @@ def deepspeed_comm(
     mesh: MachineMesh | DeviceMesh,
     *,
     gradients: Mapping[str, Any] | None = None,
+    default: Any = "same",
     gather: Any = "same",
     queue: CommQueue | None = None,
     exact_below: int = 1024,
@@ -265,8 +267,8 @@ def deepspeed_comm(
     Args:
         mesh: world.mesh, or a DeviceMesh with named dimensions, slowest first, over all ranks.
         gradients: format by level, as method.gradients of partition: {"node": "bf16", "world": {"kind": "int4"}};
-            levels that are not named use the tensor's own dtype. Error feedback is refused: DeepSpeed's collectives do
-            not say whose gradient they carry.
+            error feedback is refused: DeepSpeed's collectives do not say whose gradient they carry.
+        default: format of gradients on other levels: "same", the tensor's own dtype, or {"kind": "bf16"} and the like.
         gather: format of gathered weights: "same" or as method.gather of partition.
         queue: over all ranks; default: a new one.
         exact_below: tensors of fewer elements, norms for example, travel in their own dtype.
@@ -284,7 +286,7 @@ def deepspeed_comm(
     """
     module = _deepspeed_module()
     levels = levels_of(mesh, rank=dist.get_rank(), world_size=dist.get_world_size())
-    wires = _gradient_wires(gradients or {}, levels)
+    wires = _gradient_wires(gradients or {}, default, levels)
     gather_wire = build_gather_wire(_checked("gather", GatherWireSettings, gather))
     if exact_below < 0 or not 0 <= seed < 1 << 31:
         raise ValueError(f"exact_below: {exact_below} and seed: {seed} must not be negative, and seed below 2^31")
@@ -322,20 +324,22 @@ def _deepspeed_module() -> Any:
     return module
 
 
-def _gradient_wires(given: Mapping[str, Any], levels: Levels) -> dict[str, Wire]:
-    wires = {}
-    for name, settings in given.items():
-        if name not in levels.named or name == WHOLE:
-            names = ", ".join(known for known in levels.named if known != WHOLE)
-            raise ValueError(f"gradients.{name}: the machine has no such level; it has {names}")
-        checked = _checked(f"gradients.{name}", GradientWireSettings, settings)
-        if getattr(checked, "feedback", False):
+def _gradient_wires(given: Mapping[str, Any], default: Any, levels: Levels) -> dict[str, Wire]:
+    """The wires of levels that have one of their own; the others use the tensor's dtype."""
+    checked = {name: _checked(f"gradients.{name}", GradientWireSettings, settings) for name, settings in given.items()}
+    for name, settings in checked.items():
+        if settings.feedback:
             raise ValueError(
                 f"gradients.{name}.feedback: true, but DeepSpeed's collectives do not say whose gradient they carry, "
                 "so what a format leaves out cannot be kept; leave it out, or use method partition"
             )
-        wires[name] = checked.build()
-    return wires
+    everywhere = Placement(levels.depth, levels.depth, levels.depth)
+    named = {levels.names[levels.named[name] - 1] for name in checked if levels.named.get(name)}
+    formats = formats_of(checked, levels, everywhere)
+    wires = (
+        {} if default == "same" else dict.fromkeys(levels.names, _checked("default", PlainGradients, default).build())
+    )
+    return wires | {level: formats[level].build() for level in named}
 
 
 def _checked(path: str, kind: Any, given: Any) -> Any:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from thinwire.comm.allreduce import AllReduceSettings
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.dist.engine.ddp import DDPEngine, DDPSettings, wrap_ddp
+from thinwire.dist.engine.deepspeed import DeepSpeedEngine, DeepSpeedSettings
 from thinwire.dist.engine.engine import Engine
 from thinwire.dist.engine.fsdp2 import FSDP2Engine, FSDP2Settings
 from thinwire.dist.methods import attach
@@ -41,6 +43,19 @@ def build_engine(config: RunConfig, model: nn.Module, world: World, *, micro_bat
                 clip_norm=config.train.clip_norm,
                 precision=config.train.precision,
                 micro_batches=micro_batches,
+            )
+        case DeepSpeedSettings():
+            assert isinstance(config.method, AllReduceSettings), "RunConfig refuses other pairs"
+            return DeepSpeedEngine(
+                model,
+                config.engine,
+                config.method,
+                plan_optimizer(config.optimizer, model),
+                world,
+                micro_batches=micro_batches,
+                clip_norm=config.train.clip_norm,
+                precision=config.train.precision,
+                seed=config.seed,
             )
 
 
