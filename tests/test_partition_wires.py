@@ -96,6 +96,19 @@ def test_no_error_is_larger_than_a_code_allows(counts, kind, block, smooth, roun
             assert (got - given_).abs().max() <= largest / codes * (1 + 1e-5) + 1e-12
 
 
+def test_what_was_sent_and_what_is_kept_are_the_gradients_exactly() -> None:
+    """In whole numbers, with a scale that is one: nothing is lost and nothing is made good twice."""
+    wire, memory = wire_of(INT4), torch.zeros(256)
+    sent, given_ = torch.zeros(256), torch.zeros(256)
+    for step in range(40):
+        gradient = torch.randint(-50, 51, (256,), generator=torch.Generator().manual_seed(step)).float()
+        gradient[::128] = 7 * 16.0  # so that the scale is 16
+        sent += decoded(wire, wire.encode(gradient, [256], key=step, memory=memory), 256)
+        given_ += gradient
+        assert torch.equal(sent + memory, given_)
+        assert 0 < memory.abs().max() <= 8
+
+
 @pytest.mark.parametrize(
     ("settings_", "bits"),
     [("int8", 8 + 32 / 512), ("int4", 4.25), (INT4, 4.25), ({"kind": "int4", "block": 2048}, 4.015625)],
