@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
-from ranks import Rank
+from contract_run import Run, ShardedRun
+from ranks import Rank, run_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch_threads import TorchRank, run_torch_ranks
 
 from thinwire.comm.allreduce import allreduce
 from thinwire.comm.compress.door import compress
@@ -21,20 +24,13 @@ from thinwire.comm.gossip.door import gossip
 from thinwire.comm.local_sgd.door import local_sgd
 from thinwire.comm.method import Method
 from thinwire.comm.onebyte.optimizer import OneByteSPSA
+from thinwire.comm.partition.door import partition
 from thinwire.comm.queue import CommQueue
 
 WIDTH = 12
 
-
-@dataclass
-class Run:
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    method: Method
-    step: Callable[[Tensor], None]
-
-
-Enter: TypeAlias = Callable[[Rank, CommQueue, nn.Module], Run]
+T = TypeVar("T")
+Enter: TypeAlias = Callable[[Any, CommQueue, nn.Module], Run]
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,25 @@ class Row:
 
     lossless: with one rank, or with the same batch on all ranks, it does exactly what one machine alone would do.
     close: otherwise it does nearly that; if not, so much is left for later steps that all we ask of it is to descend.
+    all_of_torch: its ranks need default groups, meshes and DTensors, and its levels are groups of equal size.
     """
 
     name: str
     enter: Enter
     lossless: bool
     close: bool = True
+    all_of_torch: bool = False
+
+    def run(self, size: int, work: Callable[[Any], T]) -> list[T]:
+        """Run `work` on so many ranks, and return what each returned."""
+        if not self.all_of_torch:
+            return run_ranks(size, work)
+        return run_torch_ranks((2, 4) if size == 4 else (size,), work)
+
+    def queue(self, rank: Any, levels: list[str]) -> CommQueue:
+        """A queue whose meter knows these levels of the peers, or those of the method's own."""
+        found: CommQueue = rank.queue() if self.all_of_torch else rank.queue(levels=levels)
+        return found
 
     def __str__(self) -> str:
         return self.name
@@ -144,6 +153,31 @@ def enter_onebyte(**options: Any) -> Enter:
             optimizer.step(lambda: model(x).square().sum() + 0.0 * x.sum())
 
         return Run(model, optimizer, optimizer, step)
+
+    return enter
+
+
+def enter_partition(**options: Any) -> Enter:
+    def enter(rank: TorchRank, queue: CommQueue, model: nn.Module) -> Run:
+        sizes = (2, 2) if rank.size == 4 else (rank.size,)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("world", "node")[: len(sizes)])
+        optimizer = partition(
+            model,
+            mesh,
+            torch.optim.SGD,
+            units=[cast(nn.Sequential, model)[0]],
+            queue=queue,
+            lr=0.125,
+            momentum=0.5,
+            foreach=True,
+            **options,
+        )
+
+        def step(x: Tensor) -> None:
+            model(x).square().sum().backward()
+            optimizer.step()
+
+        return ShardedRun(model, optimizer, optimizer, step)
 
     return enter
 
@@ -255,5 +289,23 @@ METHODS = [
         enter_onebyte(samples=4, exchange={"kind": "flood", "graph": "mesh"}, snapshot_every=2),
         lossless=False,
         close=False,
+    ),
+    Row(
+        "partition-fp32",
+        enter_partition(params="world", grads="world", optim="world"),
+        lossless=True,
+        all_of_torch=True,
+    ),
+    Row(
+        "partition-quantised",
+        enter_partition(
+            params="rank",
+            grads="rank",
+            optim="world",
+            gradients={"world": {"kind": "int8", "feedback": True}},
+            update={"kind": "difference", "bits": 8},
+        ),
+        lossless=False,
+        all_of_torch=True,
     ),
 ]

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract_rows import METHODS, OPENED, WIDTH, Row, Run
-from ranks import Rank, run_ranks
+from contract_rows import METHODS, OPENED, WIDTH, Row
+from contract_run import Run
+from ranks import Rank
 from torch import Tensor, nn
 
-from thinwire.comm.errors import NonFiniteWeightsError
+from thinwire.comm.errors import NonFiniteGradientError, NonFiniteWeightsError
 from thinwire.comm.method import Method, agreed_weights
 
 SIZE = 3
@@ -39,14 +40,10 @@ def batch(rank: int, step: int) -> Tensor:
     return torch.randint(-8, 9, (4, WIDTH), generator=generator) / 8
 
 
-def weights(run: Run) -> list[Tensor]:
-    return [p.detach().clone() for p in run.model.parameters()]
-
-
 def agreed(run: Run) -> list[Tensor]:
     """The weights that must be the same on every rank."""
     with agreed_weights(run.method):
-        return weights(run)
+        return run.weights()
 
 
 def plain_training(steps: int, rank: int = 0) -> list[Tensor]:
@@ -91,7 +88,7 @@ def test_the_handle_is_a_method(row: Row) -> None:
         assert all(isinstance(k, str) and isinstance(v, float) for k, v in method.metrics().items())
         queue.close()
 
-    run_ranks(1, work)
+    row.run(1, work)
 
 
 @every_method
@@ -103,9 +100,9 @@ def test_a_world_of_one_takes_the_plain_step(row: Row) -> None:
             run.step(batch(0, step))
         assert sum(queue.meter.sent_bytes().values()) == 0
         queue.close()
-        return weights(run)
+        return run.weights()
 
-    (result,) = run_ranks(1, work)
+    (result,) = row.run(1, work)
     check_against_plain_training(row, result)
 
 
@@ -117,9 +114,9 @@ def test_the_same_batch_everywhere_gives_the_plain_step(row: Row) -> None:
         for step in range(3):
             run.step(batch(0, step))
         queue.close()
-        return weights(run)
+        return run.weights()
 
-    for result in run_ranks(4, work):  # four: a mean of equal numbers is exact in fp32
+    for result in row.run(4, work):  # four: a mean of equal numbers is exact in fp32
         check_against_plain_training(row, result)
 
 
@@ -128,7 +125,7 @@ def test_metered_bytes_are_the_predicted_ones_and_replicas_agree(row: Row) -> No
     levels = [["self", "node", "world"], ["node", "self", "world"], ["world", "world", "self"]]
 
     def work(rank: Rank) -> list[Tensor]:
-        queue = rank.queue(levels=levels[rank.rank])
+        queue = row.queue(rank, levels[rank.rank])
         run = row.enter(rank, queue, make_model())
         for step in range(4):
             before, told = queue.meter.sent_bytes(), queue.meter.sent_bytes("control/")
@@ -142,7 +139,7 @@ def test_metered_bytes_are_the_predicted_ones_and_replicas_agree(row: Row) -> No
         queue.close()
         return agreed(run)
 
-    first, *others = run_ranks(SIZE, work)
+    first, *others = row.run(SIZE, work)
     assert all(equal(first, other) for other in others)
     assert not equal(first, plain_training(4))
 
@@ -161,12 +158,12 @@ def test_resuming_equals_not_stopping(row: Row) -> None:
                 run.method.load_state_dict(saved[2])
             run.step(batch(rank.rank, step))
         queue.close()
-        return weights(run)
+        return run.weights()
 
     def work(rank: Rank) -> bool:
         return equal(train(rank, None), train(rank, 3))
 
-    assert run_ranks(SIZE, work) == [True] * SIZE
+    assert row.run(SIZE, work) == [True] * SIZE
 
 
 @every_method
@@ -178,16 +175,15 @@ def test_another_number_of_ranks_goes_on_or_is_refused(row: Row) -> None:
         run = row.enter(rank, queue, make_model())
         for step in range(3):
             run.step(batch(rank.rank, step))
-        states[rank.rank] = run.model.state_dict(), run.method.state_dict()
+        states[rank.rank] = run.keep()
         queue.close()
-        return weights(run)
+        return run.weights()
 
     def after(rank: Rank) -> list[Tensor]:
         queue = rank.queue()
         run = row.enter(rank, queue, make_model())
-        run.model.load_state_dict(states[0][0])
         try:
-            run.method.load_state_dict({"all_ranks": [states[r][1] for r in range(SIZE)]})
+            run.take_over(states)
         except ValueError as error:
             if "ranks" not in str(error):
                 raise
@@ -197,9 +193,9 @@ def test_another_number_of_ranks_goes_on_or_is_refused(row: Row) -> None:
         queue.close()
         return agreed(run)
 
-    run_ranks(SIZE, before)
+    row.run(SIZE, before)
     for size in (1, 4):
-        first, *others = run_ranks(size, after)
+        first, *others = row.run(size, after)
         assert all(equal(first, other) for other in others)
         assert all(bool(w.isfinite().all()) for w in first)
 
@@ -220,15 +216,15 @@ def test_a_non_finite_gradient_of_one_rank_shows_on_all_and_poisons_no_state(row
             run.step(x)
             gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
             seen = not all(bool(g.isfinite().all()) for g in gradients) or run.method.metrics().get("absent", 0.0) > 0
-        except NonFiniteWeightsError as error:
+        except (NonFiniteWeightsError, NonFiniteGradientError) as error:
             seen = error.ranks == (1,)
         run.model.load_state_dict(saved)
         run.optimizer.state.clear()
         run.step(batch(rank.rank, 2))
         queue.close()
-        return seen, all(bool(w.isfinite().all()) for w in weights(run))
+        return seen, all(bool(w.isfinite().all()) for w in run.weights())
 
-    assert run_ranks(SIZE, work) == [(True, True)] * SIZE
+    assert row.run(SIZE, work) == [(True, True)] * SIZE
 
 
 @every_method
@@ -240,4 +236,4 @@ def test_what_it_cannot_do_is_refused_before_anything_is_sent(row: Row) -> None:
         assert queue.meter.snapshot()["operations"] == {}
         queue.close()
 
-    run_ranks(2, work)
+    row.run(2, work)
