@@ -3,11 +3,11 @@
     python benchmarks/partition_bytes.py [--hosts 2 4] [--micro-batches 1 2 4 8] [--json FILE] [--plot FILE]
 
 Trains a GPT in the lab, hosts of two ranks joined at 100 Mbit/s, sharded in several ways, and counts what a host sends
-to the others in a step: `metered`, payload bytes by thinwire's meter, which must be what thinwire predicts from its tables, to the byte;
-`formula`, V = parameters x (1 - 1/hosts) x bytes per value, once for gradients and once for weights, and `off`, the share
-that metered differs by (blocks that are not full, and planes filled up to 16 bytes); `interface`, what the network interface counted, headers, acknowledgements
-and barriers included. All are also given in copies: in units of 2 bytes per parameter x (1 - 1/hosts), in which ZeRO-3
-in 16 bits sends 3 for every micro-batch at best.
+to the others in a step. `metered`: payload bytes by thinwire's meter, which must be those predicted, to the byte.
+`formula`: parameters x (1 - 1/hosts) x bytes per value, once for gradients and once for weights; `off`, the share that
+metered differs by (blocks that are not full, and planes filled up to 16 bytes). `interface`: what the network interface
+counted, headers, acknowledgements and barriers included. All are also in copies: in units of 2 bytes per
+parameter x (1 - 1/hosts), in which ZeRO-3 in 16 bits sends 3 for every micro-batch at best.
 
 ZeRO++ needs CUDA, so it is here by formula: int8 weights once, int4 gradients for every micro-batch, without scales:
 0.5 + 0.25 k copies. FSDP2 and HSDP are torch's own in fp32 on gloo, which has no hierarchy and whose reduce-scatter

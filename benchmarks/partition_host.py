@@ -12,10 +12,9 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 import thinwire as tw
 from thinwire.comm.partition.blocks import find_blocks
 from thinwire.comm.partition.door import enter
+from thinwire.comm.partition.peak_memory import PeakMemory
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.dist.mesh import MeshSettings
 from thinwire.dist.models import build_model
@@ -55,6 +55,21 @@ class Way:
 
     def step(self) -> None:
         raise NotImplementedError
+
+
+class Alone(Way):
+    """Every rank trains a model of its own: what computing takes while all of them compute."""
+
+    def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
+        super().__init__(model, settings["micro_batches"])
+        self._optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
 
 class Partition(Way):
@@ -117,6 +132,7 @@ class DeepSpeed(Way):
     def __init__(self, model: nn.Module, settings: dict[str, Any]) -> None:
         super().__init__(model, settings["micro_batches"])
         os.environ["DS_ACCELERATOR"] = "cpu"
+        warnings.filterwarnings("ignore", message=".*is deprecated")  # what it calls in torch
         import deepspeed
 
         options = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "torch_adam": True}
@@ -148,12 +164,13 @@ def main() -> None:
     world = tw.init(WorldSettings(threads=1, timeout_s=settings["timeout_s"]), mesh)
     shape = GPTSettings.model_validate(settings["model"])
     model = build_model(shape, tokenizer_vocab=VOCAB, seed=0, device=CPU)
+    peak = PeakMemory(CPU)  # the whole model is there already
     way = enter_way(model, world, settings)
     told = train(way, world, settings, shape.context)
     if way.handle is not None:
         told["predicted"] = way.handle.predicted_bytes()
-        told["memory"] = memory(way.handle)
-    told["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        told["memory"] = {"predicted": way.handle.predicted_memory(), "measured": way.handle.measured_memory()}
+    told["rss_growth_bytes"] = peak.peak_bytes() - peak.at_start_bytes
     (folder / f"{world.rank}.json").write_text(json.dumps(told))
     if way.handle is not None:
         way.handle.remove()
@@ -169,6 +186,8 @@ def enter_way(model: nn.Module, world: World, settings: dict[str, Any]) -> Way:
         return Partition(model, world, settings)
     if name == "deepspeed":
         return DeepSpeed(model, settings)
+    if name == "alone":
+        return Alone(model, settings)
     per_host = settings["ranks_per_host"]
     if name == "fsdp2":
         return FSDP2(model, init_device_mesh("cpu", (world.size,), mesh_dim_names=("world",)), settings)
@@ -206,14 +225,6 @@ def interface_sent() -> int:
     """Of this host, so of all its ranks: 0 outside the lab."""
     counted = interface_bytes()
     return counted.tx_bytes if counted else 0
-
-
-def memory(handle: Any) -> dict[str, Any]:
-    """Bytes by state, predicted and found."""
-    measure: Callable[[], dict[str, int]] | None = getattr(handle, "measured_memory", None)
-    if measure is None:
-        return {}
-    return {"predicted": dict(handle.predicted_memory()), "measured": dict(measure())}
 
 
 if __name__ == "__main__":
