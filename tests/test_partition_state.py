@@ -236,7 +236,7 @@ def test_masters_follow_weights_that_somebody_else_has_changed() -> None:
         run_torch_ranks([2], partial(work, update=update))
 
 
-def test_masters_come_and_go_with_the_need_for_them() -> None:
+def test_masters_come_and_go_with_the_need_for_them(caplog: pytest.LogCaptureFixture) -> None:
     def work(rank: TorchRank) -> None:
         coded = Run(rank, "coded", params="rank", grads="rank", optim="world", update="difference")
         coded.train(0, 2)
@@ -250,8 +250,13 @@ def test_masters_come_and_go_with_the_need_for_them() -> None:
         coded.model.load_state_dict(plain.model.state_dict())
         coded.optimizer.load_state_dict(plain.optimizer.state_dict())
         assert all(torch.equal(m, masters[name][1]) for name in whole for _, m in [coded.pieces()[f"master/{name}"]])
+        coded.optimizer.load_state_dict(coded.optimizer.state_dict())
+        coded.model.load_state_dict(coded.model.state_dict())
+        coded.train(2, 4)
 
     run_torch_ranks([2], work)
+    told = [record.getMessage() for record in caplog.records if "call model.load_state_dict() first" in record.msg]
+    assert len(told) == 2 * 2  # units, ranks
 
 
 def test_refuses_the_state_of_another_model_or_other_groups_and_changes_nothing() -> None:
@@ -267,7 +272,7 @@ def test_refuses_the_state_of_another_model_or_other_groups_and_changes_nothing(
             (other, "another model: head.weight is only in the checkpoint, first.weight only in the model"),
             ({**state, "param_groups": [*groups, {**groups[0], "params": []}]}, "2 groups of 6, 0 parameters"),
             ({**state, "state": cut}, r"last.weight.exp_avg has the shape \(2, 13\)"),
-            ({"state": {}, "param_groups": groups}, "masters, steps, draws is missing"),
+            ({"state": {}, "param_groups": groups}, "masters, steps, draws, feedback is missing"),
             ({"all_ranks": [state, state]}, "states of all ranks of another job"),
         ):
             with pytest.raises(ValueError, match=why):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import cast
 
 import torch
@@ -11,6 +12,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from thinwire.comm.partition.unit import Unit
 from thinwire.comm.partition.weight_shard import WeightShard
+
+_log = logging.getLogger(__name__)
 
 
 class Masters:
@@ -24,6 +27,7 @@ class Masters:
         mesh: of the states: see StateMeshes.
         separate: copies, of 4 bytes for each element that this rank owns.
     Attributes:
+        are_restored: whether they came from a checkpoint, and there was no step since.
         parameters: fp32, by name, with placement Shard(0) in every dimension of the mesh.
     """
 
@@ -32,7 +36,7 @@ class Masters:
         self._unit = unit
         self._weights = weights
         self._mesh = mesh
-        self._seen: list[tuple[object, ...]] = []
+        self._seen: dict[str, tuple[object, ...]] = {}
         self.parameters: dict[str, nn.Parameter] = {
             name: self._wrap(name, self._begin(rows)) for name, rows in self._rows().items()
         }
@@ -42,22 +46,30 @@ class Masters:
         """This rank's rows of a master, without gradient."""
         return cast(DTensor, self.parameters[name]).to_local().detach()
 
-    def follow(self) -> bool:
-        """Begin anew from weights that somebody else has changed; returns whether there were any."""
-        if self._versions() == self._seen:
-            return False
-        for name, rows in self._rows().items():
+    def follow(self) -> None:
+        """Begin anew from weights that somebody else has changed, each parameter by itself."""
+        now, rows = self._versions(), self._rows()
+        changed = [name for name in rows if now[name] != self._seen[name]]
+        for name in changed:
             local = self.local(name)
-            if self.separate and local.device == rows.device:
-                local.copy_(rows)
-            elif local.device != rows.device or local.data_ptr() != rows.data_ptr():
-                self._replace(name, self._begin(rows))
-        self.note_weights()
-        return True
+            if local.device != rows[name].device:
+                self._replace(name, self._begin(rows[name]))
+            elif not self.separate and local.data_ptr() != rows[name].data_ptr():
+                self._replace(name, rows[name])
+            elif self.separate and local.numel():  # FSDP2 makes empty shards anew as it likes
+                local.copy_(rows[name])
+        if self.are_restored and self.separate and any(self.local(name).numel() for name in changed):
+            _log.warning(
+                "optimizer.step(): the weights %s were changed after optimizer.load_state_dict(), so their fp32 masters "
+                "begin from the rounded weights; to continue exactly, call model.load_state_dict() first",
+                ", ".join(changed),
+            )
+        self._seen = now
 
     def note_weights(self) -> None:
         """Take the weights as they are now for what these masters have become."""
         self._seen = self._versions()
+        self.are_restored = False
 
     def begin_from(self, name: str, rows: Tensor) -> None:
         """Overwrite this rank's rows of a master; those of a view are the weights' own."""
@@ -84,10 +96,11 @@ class Masters:
         whole = DTensor.from_local(local, self._mesh, cuts, run_check=False, shape=shape, stride=stride)
         return nn.Parameter(whole)
 
-    def _versions(self) -> list[tuple[object, ...]]:
+    def _versions(self) -> dict[str, tuple[object, ...]]:
         """Of the trained weights only: that frozen ones are changed is nothing to the masters."""
-        weights = [cast(DTensor, parameter) for parameter in self._unit.parameters().values()]
+        weights = {name: cast(DTensor, parameter) for name, parameter in self._unit.parameters().items()}
         # A change counts in the DTensor or in its local part, depending on which of them it was made.
-        return [
-            (w._version, w._local_tensor._version, w._local_tensor.data_ptr(), w._local_tensor.device) for w in weights
-        ]
+        return {
+            name: (w._version, w._local_tensor._version, w._local_tensor.data_ptr(), w._local_tensor.device)
+            for name, w in weights.items()
+        }

@@ -285,8 +285,8 @@ class PartitionedOptimizer(Optimizer):
                 local shard are the rows that this rank owns.
             masters: fp32 DTensors by name, where they are not the weights themselves.
             steps, draws: how often step() was called, and random numbers were drawn.
-            own: of this rank alone, so to be kept apart: {"rank3": {"topology": ..., "memories": ...}}; empty without
-                error feedback.
+            feedback: levels and states under which error feedback has kept something; "" = it has not.
+            own: what it has kept, of this rank alone, so to be kept apart: {"rank3": {...}}.
         All but `own` is equal on every rank, or a DTensor: `shared` of a thinwire Checkpointer, and a tree for
         torch.distributed.checkpoint. state_template() says how to read it.
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from thinwire.comm.partition.placement import Placement
 
 if TYPE_CHECKING:
     from thinwire.comm.partition.optimizer import PartitionedUnit
+
+_SHARED = ("state", "param_groups", "masters", "steps", "draws", "feedback")
 
 _log = logging.getLogger(__name__)
 
@@ -47,8 +50,7 @@ class PartitionedState:
         """The tree; its tensors are those in use."""
         masters = {name: one.parameter.detach() for name, one in self._owned().items() if one.unit.own.separate}
         memories = {unit.unit.name: dict(unit.gradients.memories) for unit in self._units if unit.gradients.memories}
-        own = {self._rank: {"topology": self._topology(), "memories": memories}} if memories else {}
-        return {**name_states(self._inner, self._names()), **_rest(masters, steps, draws, own)}
+        return {**name_states(self._inner, self._names()), **self._rest(masters, memories, steps, draws)}
 
     def template(self) -> dict[str, Any]:
         """The tree after a step, of zeros."""
@@ -71,8 +73,7 @@ class PartitionedState:
             for unit in self._units
             if unit.gradients.memory_counts()
         }
-        own = {self._rank: {"topology": self._topology(), "memories": memories}} if memories else {}
-        return {**name_states(stand, stands), **_rest(masters, 0, 0, own)}
+        return {**name_states(stand, stands), **self._rest(masters, memories, 0, 0)}
 
     def load(self, state: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
         """Take a tree back; returns steps and draws, and whether the weights must be spread anew."""
@@ -81,7 +82,7 @@ class PartitionedState:
                 "load_state_dict: these are the states of all ranks of another job, each with its own shards; save "
                 'all but "own" of state_dict() as DTensors, which any number of ranks can load'
             )
-        if lacking := [key for key in ("state", "param_groups", "masters", "steps", "draws") if key not in state]:
+        if lacking := [key for key in _SHARED if key not in state]:
             raise ValueError(
                 f"load_state_dict: {', '.join(lacking)} is missing: this is not the state of a partitioned optimizer; "
                 "load what its own state_dict() gave"
@@ -97,22 +98,30 @@ class PartitionedState:
         for unit in self._units:
             unit.own.follow()
         for name, master in loaded.items():
-            owned[name].unit.own.begin_from(owned[name].name, cast(DTensor, master).to_local())
-        self._take_own(state.get("own", {}))
+            own = owned[name].unit.own
+            own.begin_from(owned[name].name, cast(DTensor, master).to_local())
+            own.are_restored = True
+        self._take_own(str(state["feedback"]), state.get("own", {}))
         must_spread = bool(loaded) and not all(unit.own.separate for unit in self._units)
         return (int(state["steps"]), int(state["draws"])), must_spread
 
-    def _take_own(self, saved: Mapping[str, Any]) -> None:
+    def _rest(
+        self, masters: Mapping[str, Tensor], memories: Mapping[str, Mapping[str, Tensor]], steps: int, draws: int
+    ) -> dict[str, Any]:
+        own = {self._rank: {"place": self._place(), "memories": memories}} if memories else {}
+        kept = self._topology() if memories else ""
+        return {"masters": dict(masters), "steps": steps, "draws": draws, "feedback": kept, "own": own}
+
+    def _take_own(self, written: str, saved: Mapping[str, Any]) -> None:
         for unit in self._units:
             unit.gradients.memories.clear()
-        if not saved:
+        if not written:
             return
-        mine = saved.get(self._rank)
-        if mine is None or mine["topology"] != self._topology():
-            was = "other ranks" if mine is None else mine["topology"]
+        mine = saved.get(self._rank, {"place": "other ranks"})
+        if (written, mine["place"]) != (self._topology(), self._place()):
             _log.warning(
                 "load_state_dict: dropped what error feedback has kept: it was written under %s, and this is %s",
-                was,
+                written,
                 self._topology(),
             )
             return
@@ -139,22 +148,20 @@ class PartitionedState:
     def _device(self) -> torch.device:
         return next(iter(self._owned().values())).parameter.device
 
+    def _place(self) -> list[int]:
+        return list(self._levels.digits[self._levels.rank])
+
     def _topology(self) -> str:
-        """Equal where every rank has the same slices of everything."""
+        """Equal where the ranks have the same slices of everything."""
         levels = " ".join(f"{n}={f}" for n, f in zip(self._levels.names, self._levels.fanouts, strict=True))
         depths = (self._placement.params, self._placement.grads, self._placement.optim)
         sharded = ", ".join(str(self._levels.size(depth)) for depth in depths)
-        kept = "; ".join(
-            f"{unit.unit.name} {level}={count}"
-            for unit in self._units
-            for level, count in unit.gradients.memory_counts().items()
+        shapes = sha256(repr([(unit.unit.name, unit.ownership.shapes) for unit in self._units]).encode()).hexdigest()
+        feedback = sorted({level for unit in self._units for level in unit.gradients.memory_counts()})
+        return (
+            f"levels {levels}, params, grads, optim over {sharded} ranks, {len(self._units)} units ({shapes[:8]}), "
+            f"feedback on {', '.join(feedback) or 'no level'}"
         )
-        place = self._levels.digits[self._levels.rank]
-        return f"levels {levels}, here {place}, params, grads, optim over {sharded} ranks, memories {kept or 'none'}"
-
-
-def _rest(masters: Mapping[str, Tensor], steps: int, draws: int, own: Mapping[str, Any]) -> dict[str, Any]:
-    return {"masters": dict(masters), "steps": steps, "draws": draws, "own": dict(own)}
 
 
 def _clean(name: str) -> str:
