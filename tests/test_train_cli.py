@@ -54,12 +54,20 @@ def wait_for_line(child: subprocess.Popen[str], start: str) -> str:
     raise AssertionError(f"no line began with {start!r}: {seen}{child.stderr.read() if child.stderr else ''}")
 
 
-@pytest.mark.parametrize(("launcher", "number"), [(TRAIN, signal.SIGUSR1), (TORCHRUN, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("launcher", "number", "settings"),
+    [
+        (TRAIN, signal.SIGUSR1, []),
+        (TORCHRUN, signal.SIGTERM, []),
+        (TORCHRUN, signal.SIGTERM, ["method={kind: partition, preset: zero3}"]),  # FSDP2 is what may abort at the end
+    ],
+    ids=["alone", "ddp", "fsdp2"],
+)
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
-    tmp_path: Path, launcher: list[str], number: signal.Signals
+    tmp_path: Path, launcher: list[str], number: signal.Signals, settings: list[str]
 ) -> None:
     config = small_config_file(tmp_path)
-    with process(*launcher, config, "train.steps=100000", "output.every_s=0") as child:
+    with process(*launcher, config, "train.steps=100000", "output.every_s=0", *settings) as child:
         out = wait_for_line(child, "step 3/")
         ranks = [p for p in psutil.Process(child.pid).children(recursive=True) if "train" in p.cmdline()]
         os.kill(ranks[-1].pid if ranks else child.pid, number)
@@ -72,7 +80,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(
     assert (folder / "checkpoints" / f"step-{step:08d}").is_dir()
     assert [record["step"] for record in read_records(folder / "metrics.jsonl")] == list(range(1, step + 1))
     shown = load_config(folder / "config.yaml")
-    assert shown == load_config(config, ["train.steps=100000", "output.every_s=0"])
+    assert shown == load_config(config, ["train.steps=100000", "output.every_s=0", *settings])
     if launcher is TORCHRUN:
         return  # that several ranks continue bit for bit is shown with threads, in a fraction of the time
 
