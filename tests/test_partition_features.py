@@ -327,6 +327,15 @@ def refuses_other_weights(place: TorchRank) -> None:
     assert not any(isinstance(p, DTensor) for p in model.parameters())
 
 
+def compiles_between_its_gathers(place: TorchRank) -> None:
+    model = copy.deepcopy(START)
+    optimizer = enter(place, model)
+    model.compile(backend="aot_eager")
+    train(place, model, optimizer, 2)
+    assert optimizer.metrics()["gathers"] == 2 * len(model.blocks) + 1
+    close(whole(model), reference(place.size, 2))
+
+
 def leaves_a_plain_fsdp2_model(place: TorchRank) -> None:
     model = copy.deepcopy(START)
     optimizer = enter(place, model)
@@ -416,6 +425,7 @@ FEATURES = (
     counts_what_no_rank_used_as_zero,
     evaluates_between_backward_and_step,
     begins_on_the_meta_device,
+    compiles_between_its_gathers,
     refuses_other_weights,
     leaves_a_plain_fsdp2_model,
 )

@@ -97,8 +97,8 @@ def partition(
         params, grads, optim: level over which each is sharded, none faster than the one before; "rank" = whole on each
             rank. Default: node, node, world.
         secondary: level faster than params that keeps its share of the weights between gathers; default: none.
-        units: modules that are gathered one at a time; default: the members of the outermost ModuleLists. What is in
-            none of them is a unit of its own.
+        units: modules that are gathered one at a time, when their forward() is called; default: the members of the
+            outermost ModuleLists. What is in none of them is a unit of its own.
         parameter_groups: dicts as of torch.optim whose "params" are parameters, names or patterns such as "*.bias"; a
             parameter belongs to the first group that names it. Default: all with requires_grad, in one group.
         weights: what shards are kept in; with "bf16" owners keep fp32 masters, begun from the values before rounding.

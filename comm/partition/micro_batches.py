@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -124,7 +125,8 @@ class MicroBatches:
 
     def detach(self) -> None:
         """Leave FSDP2 to itself: it gathers and averages over the params level alone, by torch's own collectives."""
-        self.drop()
+        with suppress(Exception):  # of exchanges whose outcome nobody wants any more: a rank may be gone
+            self.drop()
         for handle in self._handles:
             handle.remove()
         for unit in [*(part.unit for part in self._units), *self._frozen]:
