@@ -60,7 +60,7 @@ class Masters:
                 local.copy_(rows[name])
         if self.are_restored and self.separate and any(self.local(name).numel() for name in changed):
             _log.warning(
-                "optimizer.step(): the weights %s were changed after optimizer.load_state_dict(), so their fp32 masters "
+                "optimizer.step(): weights (%s) were changed after optimizer.load_state_dict(), so their fp32 masters "
                 "begin from the rounded weights; to continue exactly, call model.load_state_dict() first",
                 ", ".join(changed),
             )
