@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given
@@ -109,6 +110,7 @@ def test_rows_are_kept_whole_and_gathers_are_padded() -> None:
     assert [found["update"] for found in flows] == [{"world": 80}, {"world": 40}]  # what this one owns
 
 
+@hypothesis.settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=3), min_size=1, max_size=4),
     st.sampled_from(TRIPLES),

@@ -77,12 +77,12 @@ class Ownership:
 
     def named_pieces(self, flat: Tensor, owner: int) -> dict[str, Tensor]:
         """One owner's flat elements, parameter by parameter, each in its shape: views; empty ones included."""
-        sizes = [self.numel(name, owner) for name in self.shapes]
-        parts = flat.split(sizes)
-        return {
-            name: part.view(-1, *shape[1:]) if shape else part.view(-1)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        parts = flat.split([self.numel(name, owner) for name in self.shapes])
+        found = {}
+        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
+            start, stop = self._rows[name][owner]
+            found[name] = part.view(stop - start, *shape[1:])  # -1 would not do for rows of no element
+        return found
 
     def order_of_fsdp(self, counts: Sequence[int]) -> Runs:
         """Where the values of the flat order lie in FSDP2's flat gradient of the unit.
