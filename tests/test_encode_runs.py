@@ -1,4 +1,4 @@
-"""encode_runs: tiles on a CPU, the interpreted kernel, the compiled kernel and a real GPU against the reference."""
+"""encode_runs: tiles on a CPU and a real GPU against the reference; test_payload_kernels.py has the kernels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_planes import Guarded, assert_same_bits, floats
 from torch import Tensor
-from triton_aot import TARGETS, compile_ahead, needs_compiler
-from triton_interpreter import interpreted
 
-from thinwire.kernels import encode_runs_on_gpu
 from thinwire.kernels.block_payload import BlockFormat, Runs
 from thinwire.kernels.block_quantize import dequantize, quantize
 from thinwire.kernels.encode_runs import encode_runs, encode_runs_reference
@@ -145,61 +142,6 @@ def test_refuses_formats_and_runs_that_cannot_be() -> None:
             BlockFormat(*arguments)
     with pytest.raises(ValueError, match="the segments hold 9 values and the runs 10"):
         Runs([4, 6], [(0, 9)])
-
-
-@interpreted
-def test_interpreted_kernel_equals_the_reference() -> None:
-    segments = [(4096, 4000), (32, 2048), (9000, 77)]
-    cases = [  # bits, block, smooth, stochastic, what is beside the source, counts
-        (8, 256, False, False, None, [2048, 2048, 2029]),
-        (8, 256, True, True, "memory", [6125]),
-        (4, 128, True, False, "memory", [4000, 2048, 77]),
-        (4, 2048, False, True, None, [4001, 1, 2123]),
-        (8, 32, True, False, None, [0, 6125]),
-        (8, 32, False, False, "memory", [2065, 4060]),
-    ]
-    for seed, (bits, block, smooth, stochastic, beside, counts) in enumerate(cases):
-        form, runs = BlockFormat(bits, block, smooth), Runs(counts, segments)
-        source = values(9100, seed, form)
-        memory = values(6125, seed + 50, form) * 0.5 if beside else None
-        kept = None if memory is None else memory.clone()
-        payload = Guarded(runs.payload_bytes(form), torch.uint8)
-        encode_runs_on_gpu.launch_encode(
-            source, runs, form, payload.plane, memory=memory, stochastic=stochastic, key=seed
-        )
-        rounding = "stochastic" if stochastic else "nearest"
-        expected = encode_runs_reference(source, runs, form, rounding=rounding, key=seed, memory=kept)
-        payload.check(expected, f"payload {seed}")
-        if memory is not None and kept is not None:
-            assert_same_bits(memory, kept, f"memory {seed}")
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("target", "form"),
-    [*((target, BlockFormat(4, 128, True)) for target in TARGETS), ("sm_90", BlockFormat(8, 256))],
-)
-def test_compiles_wide_and_without_spills(target: str, form: BlockFormat) -> None:
-    compiled = compile_ahead(
-        encode_runs_on_gpu.encode_kernel,
-        target,
-        tensors={
-            "source": torch.float32,
-            "other": torch.float32,
-            "payload": torch.uint8,
-            "scales": torch.float32,
-            "tiles": torch.int64,
-            "segments": torch.int64,
-        },
-        constants=encode_runs_on_gpu.encode_constants(form, feedback=True, stochastic=True),
-        multiples_of_16=["source", "other", "payload", "scales", "tiles", "segments"],
-    )
-    assert compiled.spilled == compiled.local_accesses == 0
-    assert compiled.registers <= 128
-    assert compiled.wide_loads >= 4  # 2048 values of two inputs, 256 lanes
-    assert compiled.wide_stores >= 2
-    assert len(compiled.fused) == 5 * compiled.assembly.count("v_div_fixup_f32")  # AMD divides correctly by them
-    assert compiled.keeps_subnormals
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")

@@ -1,4 +1,4 @@
-"""reduce_payloads: tiles on a CPU, the interpreted kernels, the compiled ones and a real GPU against the reference."""
+"""reduce_payloads: tiles on a CPU and a real GPU against the reference; test_payload_kernels.py has the kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_planes import Guarded, assert_same_bits
 from torch import Tensor
-from triton_aot import TARGETS, compile_ahead, needs_compiler
-from triton_interpreter import interpreted
 
-from thinwire.kernels import reduce_payloads_on_gpu
 from thinwire.kernels.block_payload import BlockFormat, Runs
 from thinwire.kernels.encode_runs import encode_runs, encode_runs_reference
 from thinwire.kernels.reduce_payloads import recode_payloads, reduce_payloads, reduce_reference
@@ -91,72 +88,6 @@ def test_refuses(change: dict, message: str) -> None:
         recode_payloads(given.pop("payloads"), form, given.pop("runs"), form, **given)
     with pytest.raises(ValueError, match=r"out is torch\.float64"):
         reduce_payloads(torch.zeros(2, 48, dtype=torch.uint8), form, torch.zeros(32, dtype=torch.float64))
-
-
-@interpreted
-def test_interpreted_kernels_equal_the_reference() -> None:
-    cases = [  # in, out, n, counts, feedback, stochastic
-        (BlockFormat(8, 256, True), BlockFormat(4, 128, True), 5, [2048, 2048, 77], True, False),
-        (BlockFormat(4, 128), BlockFormat(8, 256), 2, [2051, 3000], False, True),
-        (BlockFormat(8, 64), BlockFormat(4, 64, True), 3, [1, 0, 4098], True, True),
-    ]
-    for seed, (form, into, n, counts, feedback, stochastic) in enumerate(cases):
-        runs = Runs(counts)
-        sent = payloads(n, runs.numel, form, seed)
-        total = reduce_reference(sent, form, runs.numel, THIRD)
-        out = Guarded(runs.numel, torch.float32)
-        reduce_payloads_on_gpu.launch_sum(sent, form, out.plane, factor=THIRD)
-        out.check(total, f"sum {seed}")
-        memory = torch.randn(runs.numel) if feedback else None
-        kept = None if memory is None else memory.clone()
-        payload = Guarded(runs.payload_bytes(into), torch.uint8)
-        reduce_payloads_on_gpu.launch_recode(
-            sent, form, runs, into, payload.plane, factor=THIRD, memory=memory, stochastic=stochastic, key=seed
-        )
-        rounding = "stochastic" if stochastic else "nearest"
-        expected = encode_runs_reference(total, runs, into, rounding=rounding, key=seed, memory=kept)
-        payload.check(expected, f"payload {seed}")
-        if memory is not None and kept is not None:
-            assert_same_bits(memory, kept, f"memory {seed}")
-
-
-def check_compiled(compiled, wide_loads: int) -> None:
-    assert compiled.spilled == compiled.local_accesses == 0
-    assert compiled.registers <= 128
-    assert compiled.wide_loads >= wide_loads
-    assert len(compiled.fused) == 5 * compiled.assembly.count("v_div_fixup_f32")  # AMD divides correctly by them
-    assert compiled.keeps_subnormals
-
-
-@needs_compiler
-@pytest.mark.parametrize("target", TARGETS)
-def test_recoding_compiles_wide_and_without_spills(target: str) -> None:
-    types = {"codes": torch.uint8, "scales": torch.float32, "memory": torch.float32, "payload": torch.uint8}
-    types |= {"payload_scales": torch.float32, "tiles": torch.int64}
-    form, into = BlockFormat(8, 512, True), BlockFormat(4, 128, True)
-    compiled = compile_ahead(
-        reduce_payloads_on_gpu.recode_kernel,
-        target,
-        tensors=types,
-        constants=reduce_payloads_on_gpu.recode_constants(form, into, 8, feedback=True, stochastic=True),
-        multiples_of_16=[*types, "codes_stride"],
-    )
-    check_compiled(compiled, 2)  # of the memory: 8 codes a lane are 8 bytes
-
-
-@needs_compiler
-@pytest.mark.parametrize("target", TARGETS)
-def test_summing_compiles_wide_and_without_spills(target: str) -> None:
-    types = {"codes": torch.uint8, "scales": torch.float32, "out": torch.float32}
-    compiled = compile_ahead(
-        reduce_payloads_on_gpu.sum_kernel,
-        target,
-        tensors=types,
-        constants=reduce_payloads_on_gpu.sum_constants(BlockFormat(8, 256), 8),
-        multiples_of_16=[*types, "codes_stride"],
-    )
-    check_compiled(compiled, 4)  # 4096 bytes of a payload, 256 lanes; four payloads unrolled
-    assert compiled.wide_stores >= 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")

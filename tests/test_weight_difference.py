@@ -1,4 +1,4 @@
-"""weight_difference: tiles on a CPU, the interpreted kernels, the compiled ones and a GPU against the definition."""
+"""weight_difference: tiles on a CPU and a real GPU against the definition; test_payload_kernels.py has the kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantized_planes import Guarded, assert_same_bits
 from torch import Tensor
-from triton_aot import TARGETS, compile_ahead, needs_compiler
-from triton_interpreter import interpreted
 
-from thinwire.kernels import encode_runs_on_gpu, reduce_payloads_on_gpu
 from thinwire.kernels.block_payload import BlockFormat, Runs
 from thinwire.kernels.encode_runs import encode_runs_reference
 from thinwire.kernels.reduce_payloads import reduce_reference
@@ -88,44 +85,6 @@ def test_refuses(change: dict, message: str) -> None:
         encode_difference(**{"new": torch.zeros(64), "old": torch.zeros(64), **change}, form=BlockFormat(4, 64))
     with pytest.raises(ValueError, match="payloads is"):
         apply_difference(torch.zeros(47, dtype=torch.uint8), BlockFormat(4, 64), torch.zeros(64))
-
-
-@interpreted
-def test_interpreted_kernels_equal_the_definition() -> None:
-    cases = [
-        (BlockFormat(4, 2048), torch.bfloat16, 4096 + 33),
-        (BlockFormat(8, 256), torch.float32, 4096 + 1),
-        (BlockFormat(4, 64, True), torch.bfloat16, 2048 + 70),
-    ]
-    for seed, (form, dtype, numel) in enumerate(cases):
-        new, old = weights(numel, seed, dtype)
-        payload = Guarded(form.payload_bytes(numel), torch.uint8)
-        encode_runs_on_gpu.launch_encode(new, Runs([numel]), form, payload.plane, old=old)
-        expected = encode_runs_reference(new - old, Runs([numel]), form, rounding="nearest", key=0, memory=None)
-        payload.check(expected, f"payload {seed}")
-        changed = (reduce_reference(expected[None], form, numel, 1.0) + old.float()).to(dtype)
-        reduce_payloads_on_gpu.launch_sum(expected[None], form, old, factor=1.0, add=True)
-        assert_same_bits(as_bits(old), as_bits(changed), f"weights {seed}")
-
-
-@needs_compiler
-@pytest.mark.parametrize("target", TARGETS)
-def test_compiles_wide_and_without_spills(target: str) -> None:
-    form = BlockFormat(4, 2048)
-    encode = {"source": torch.float32, "other": torch.bfloat16, "payload": torch.uint8, "scales": torch.float32}
-    encode |= {"tiles": torch.int64, "segments": torch.int64}
-    apply = {"codes": torch.uint8, "scales": torch.float32, "out": torch.bfloat16}
-    for kernel, types, constants, loads in (
-        (encode_runs_on_gpu.encode_kernel, encode, encode_runs_on_gpu.encode_constants(form, difference=True), 3),
-        (reduce_payloads_on_gpu.sum_kernel, apply, reduce_payloads_on_gpu.sum_constants(form, 1, add=True), 1),
-    ):
-        multiples = [*types, "codes_stride"] if "out" in types else list(types)
-        compiled = compile_ahead(kernel, target, tensors=types, constants=constants, multiples_of_16=multiples)
-        assert compiled.spilled == compiled.local_accesses == 0
-        assert compiled.registers <= 64
-        assert compiled.wide_loads >= loads  # 8 weights a lane
-        assert len(compiled.fused) == 5 * compiled.assembly.count("v_div_fixup_f32")  # AMD divides correctly by them
-        assert compiled.keeps_subnormals
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
