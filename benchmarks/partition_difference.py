@@ -87,7 +87,6 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)  # direct 4-bit weights switch units off, whose moments then fade below 1e-38
     arms = [a for a in ARMS if a is ARMS[0] or not options.only or any(part in a.label for part in options.only)]
     curves: dict[tuple[int, str], list[tuple[int, float]]] = {}
     for seed in options.seeds:
