@@ -55,7 +55,7 @@ def measure_memory(units: Sequence[PartitionedUnit], gathers: Sequence[Gather], 
 def _predict_states(inner: Optimizer) -> int:
     """What the optimizer will keep: tried out on a small parameter of each group."""
     probes = [
-        nn.Parameter(torch.zeros(_PROBE, dtype=like.dtype, device=like.device))
+        nn.Parameter(torch.zeros(_PROBE, dtype=like.dtype, device="cpu" if like.is_meta else like.device))
         for group in inner.param_groups
         for like in [group["params"][0]]
     ]

@@ -194,8 +194,9 @@ class PartitionedOptimizer(Optimizer):
         }
 
     def describe(self) -> str:
-        """Where each state is, and what a step sends."""
-        return describe(self._units, self._gathers, self._levels, self._placement, self.micro_batches)
+        """Where each state is, what a step sends, and what is kept."""
+        kept = self.predicted_memory()
+        return describe(self._units, self._gathers, self._levels, self._placement, self.micro_batches, kept)
 
     def predicted_bytes(self) -> dict[str, int]:
         """Payload bytes that this rank sends in one step of `micro_batches` micro-batches, by level."""
@@ -288,7 +289,16 @@ class PartitionedOptimizer(Optimizer):
             feedback: levels and states under which error feedback has kept something; "" = it has not.
             own: what it has kept, of this rank alone, so to be kept apart: {"rank3": {...}}.
         All but `own` is equal on every rank, or a DTensor: `shared` of a thinwire Checkpointer, and a tree for
-        torch.distributed.checkpoint. state_template() says how to read it.
+        torch.distributed.checkpoint, to be saved as it is: get_optimizer_state_dict() knows nothing of masters.
+        state_template() says how to read it.
+
+        Example:
+            dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=folder)
+            ...
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_template()}
+            dcp.load(state, checkpoint_id=folder)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
         """
         return self._remembered.save(*self._counters())
 

@@ -33,8 +33,13 @@ def describe(
     levels: Levels,
     placement: Placement,
     micro_batches: int,
+    kept: Mapping[str, int],
 ) -> str:
-    """Lines for the start of a run: where each state is, and what a step sends."""
+    """Lines for the start of a run: where each state is, what a step sends, and what is kept between steps.
+
+    Args:
+        kept: bytes by state.
+    """
     states = [
         f"{state} over {_where(levels, depth)}"
         for state, depth in (("params", placement.params), ("grads", placement.grads), ("optim", placement.optim))
@@ -51,6 +56,8 @@ def describe(
     if levels.depth:
         lines.append(f"sent by this rank per step of {micro_batches} micro-batch{'es' * (micro_batches > 1)}, bytes:")
         lines += _table(bytes_by_operation(units, gathers, micro_batches), levels.names)
+    held = ", ".join(f"{state} {count:,}" for state, count in kept.items() if count)
+    lines.append(f"kept by this rank, bytes: {held}, together {sum(kept.values()):,}")
     return "\n".join(lines)
 
 
