@@ -123,6 +123,25 @@ def test_other_ranks_and_other_places_go_on_from_the_same_weights(tmp_path: Path
     assert second[0].losses == pytest.approx(whole[0].losses[2:], rel=1e-5)
 
 
+def test_a_run_may_change_its_engine(tmp_path: Path) -> None:
+    """DDP for two steps, partitioned for two, DDP again: the losses of DDP alone."""
+    last = "optimizer={kind: sgd, lr: 0.1}"  # its momentum must come along
+
+    def begins_at(source: str) -> str:
+        return f"checkpoint.resume={tmp_path}/runs/{source}/checkpoints"
+
+    whole = train_by_ddp(small_config(tmp_path, "name=whole", last, "train.steps=6"), 2)
+    train_by_ddp(small_config(tmp_path, "name=a", last, "train.steps=2"), 2)
+    second = train(
+        small_config(
+            tmp_path, "name=b", last, "train.steps=4", "method={kind: partition, preset: zero3}", begins_at("a")
+        ),
+        (2,),
+    )
+    third = train_by_ddp(small_config(tmp_path, "name=c", last, "train.steps=6", begins_at("b")), 2)
+    assert second[1].losses + third[1].losses == pytest.approx(whole[1].losses[2:], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [

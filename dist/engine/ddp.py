@@ -19,6 +19,7 @@ from thinwire.comm.method import ClippingMethod, LocalMethod, Method
 from thinwire.comm.queue import CommQueue
 from thinwire.comm.settings import Settings
 from thinwire.dist.engine.engine import keep_options, merge_method_states
+from thinwire.dist.engine.optimizer_names import group_names, states_by_name, states_by_number
 
 
 class DDPSettings(Settings):
@@ -118,14 +119,18 @@ class DDPEngine:
         return state
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None, old: Mapping[int, Any]) -> None:
-        """Under a LocalMethod, among other ranks, each begins at what all had agreed on, with one old optimizer."""
+        """Under a LocalMethod, among other ranks, each begins at what all had agreed on, with one old optimizer.
+
+        Another engine's weights and optimizer states are welcome.
+        """
         self.method.load_state_dict(merge_method_states(own, old))  # first: it knows a state that another method wrote
         trained: Mapping[str, Any] = shared
         if isinstance(self.method, LocalMethod):
             rank = self._queue.rank % len(old) if old else 0
             trained = own if own is not None else {**shared, "optimizer": old[rank]["optimizer"]}
         self.network.load_state_dict(trained["model"])
-        keep_options(self.optimizer, trained["optimizer"])
+        groups = group_names(self.network, self.optimizer.param_groups)
+        keep_options(self.optimizer, states_by_number(states_by_name(trained["optimizer"], groups), groups))
 
     def close(self) -> None:
         """Nothing is the engine's own."""

@@ -22,6 +22,7 @@ from thinwire.comm.partition.optimizer import PartitionedOptimizer
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.settings import Settings
 from thinwire.dist.engine.engine import keep_options
+from thinwire.dist.engine.optimizer_names import group_names, states_by_name
 from thinwire.dist.optimizers import OptimizerPlan
 from thinwire.dist.world import World
 
@@ -66,6 +67,7 @@ class FSDP2Engine:
         precision: Literal["fp32", "bf16"],
         micro_batches: int,
     ) -> None:
+        self._groups = group_names(model, plan.groups)
         _rebuild_forward(find_blocks(model), settings)
         with _paths_of_the_run():
             self._partitioned: PartitionedOptimizer = enter(
@@ -125,12 +127,20 @@ class FSDP2Engine:
         return {"method": self._partitioned.state_dict()["own"]}
 
     def load_state(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None, old: Mapping[int, Any]) -> None:
-        """Among other ranks, or with other levels, what error feedback has kept is dropped with a warning."""
-        kept = (
-            own["method"] if own is not None else {key: one for o in old.values() for key, one in o["method"].items()}
-        )
+        """Other ranks, levels and states are welcome, and other engines' weights and optimizer states too.
+
+        What error feedback has kept is dropped then, with a warning.
+        """
+        optimizer = shared["optimizer"]
+        kept: dict[str, Any] = {}
+        if "masters" in optimizer:
+            states = [own] if own is not None else list(old.values())
+            kept = {key: value for state in states for key, value in state["method"].items()}
+        else:  # another engine's
+            present = _without_own(self._partitioned.state_dict())
+            optimizer = {**present, "masters": {}, **states_by_name(optimizer, self._groups)}
         self.network.load_state_dict(shared["model"])
-        keep_options(self._partitioned, {**shared["optimizer"], "own": kept})
+        keep_options(self._partitioned, {**optimizer, "own": kept})
 
     def close(self) -> None:
         """FSDP2 on gloo ends a process by an abort if its groups outlive this."""
