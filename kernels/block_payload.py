@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 import torch
@@ -142,6 +143,12 @@ class Runs:
             place += count
             payload += form.payload_bytes(count)
         return rows
+
+
+@lru_cache(maxsize=256)
+def plain_runs(counts: tuple[int, ...]) -> Runs:
+    """Runs of values that lie one after another; kept, with the tables that a GPU has of them."""
+    return Runs(counts)
 
 
 def _round_up(value: int, multiple: int) -> int:

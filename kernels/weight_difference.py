@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thinwire.kernels.block_payload import BlockFormat, Runs
+from thinwire.kernels.block_payload import BlockFormat, plain_runs
 from thinwire.kernels.block_quantize import Rounding
 from thinwire.kernels.code_planes import check_plane, needs_reference, tile_elements, tiles
 from thinwire.kernels.encode_runs import RunTile, check_payload, check_values, encode_runs_reference
@@ -36,7 +36,7 @@ def encode_difference(
     Raises:
         ValueError: arguments other than these.
     """
-    name, runs = "encode_difference", Runs([new.numel()])
+    name, runs = "encode_difference", plain_runs((new.numel(),))
     check_plane(name, "new", new, (new.numel(),), new.device, torch.float32)
     check_values(name, "old", old, new.device)
     if old.numel() != new.numel():

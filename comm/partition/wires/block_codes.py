@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -54,9 +54,3 @@ class BlockCodes:
         """What one payload says: fp32 (numel,), new memory."""
         out = torch.empty(numel, dtype=torch.float32, device=payload.device)
         return reduce_payloads(payload[None], self.form, out)
-
-
-@lru_cache(maxsize=1024)
-def plain_runs(counts: tuple[int, ...]) -> Runs:
-    """Runs of values that lie one after another; kept, with what a GPU must be told of them."""
-    return Runs(counts)

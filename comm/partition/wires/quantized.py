@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from thinwire.comm.partition.wires.block_codes import BlockCodes, plain_runs
+from thinwire.comm.partition.wires.block_codes import BlockCodes
+from thinwire.kernels.block_payload import plain_runs
 from thinwire.kernels.reduce_payloads import reduce_payloads
 
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from thinwire.comm.partition.wires.block_codes import plain_runs
 from thinwire.comm.partition.wires.quantized import QuantizedWire
 from thinwire.comm.partition.wires.wire import Wire
-from thinwire.kernels.block_payload import Runs
+from thinwire.kernels.block_payload import Runs, plain_runs
 from thinwire.kernels.reduce_payloads import recode_payloads
 
 

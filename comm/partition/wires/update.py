@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from thinwire.comm.partition.wires.block_codes import BlockCodes, plain_runs
+from thinwire.comm.partition.wires.block_codes import BlockCodes
+from thinwire.kernels.block_payload import plain_runs
 from thinwire.kernels.reduce_payloads import reduce_payloads
 from thinwire.kernels.weight_difference import apply_difference, encode_difference
 
