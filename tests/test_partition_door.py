@@ -71,7 +71,6 @@ def also_another(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "list": (lambda: nn.ModuleList([Net()]), {}, "model: a ModuleList has no forward"),
-    "compiled": (lambda: torch.compile(Net()), {}, "model: it is compiled already.*model.compile"),  # type: ignore[return-value]
     "fp64": (
         lambda: Net().double(),
         {},
@@ -144,7 +143,9 @@ def test_refuses_before_it_changes_anything(case: str) -> None:
     before = [(name, id(p)) for name, p in model.named_parameters()]
     levels = {} if "preset" in given else {"params": "world", "grads": "world"}
     settings: dict[str, Any] = {"mesh": mesh_of(4), "optimizer": torch.optim.SGD, **levels, "lr": 0.1, **given}
-    queue: Any = SimpleNamespace(rank=0, size=4)  # whoever sent something would find nothing to send it with
+    queue: Any = SimpleNamespace(
+        rank=0, size=4, peers=range(4)
+    )  # whoever sent something would find nothing to send it with
     with pytest.raises(ValueError, match="(?s)" + message):
         partition(model, settings.pop("mesh"), settings.pop("optimizer"), queue=queue, **settings)
     assert [(name, id(p)) for name, p in model.named_parameters()] == before
@@ -155,11 +156,17 @@ def test_refuses_without_a_process_group() -> None:
         partition(Net(), mesh_of(4), torch.optim.SGD, lr=0.1)
 
 
+def test_refuses_a_queue_over_some_ranks() -> None:
+    queue: Any = SimpleNamespace(rank=0, size=4, peers=(0, 1, 4, 5))
+    with pytest.raises(ValueError, match=r"queue: it joins ranks 0-1, 4-5, and each state.*world.queue"):
+        partition(Net(), mesh_of(4), torch.optim.SGD, queue=queue, lr=0.1)
+
+
 @pytest.mark.parametrize("wrapper", [nn.parallel.DistributedDataParallel, FSDPModule])
 def test_refuses_wrapped_modules(wrapper: type) -> None:
     model = Net()
     model.blocks[1].__class__ = type("Wrapped", (wrapper, nn.Sequential), {})
-    queue: Any = SimpleNamespace(rank=0, size=4)
+    queue: Any = SimpleNamespace(rank=0, size=4, peers=range(4))
     with pytest.raises(
         ValueError, match=r"model: module blocks.1 is (in DistributedDataParallel|sharded already).*give"
     ):

@@ -318,6 +318,17 @@ def begins_on_the_meta_device(place: TorchRank) -> None:
         p.data.copy_(mine)
     train(place, model, optimizer, 3)
     close(whole(model), reference(place.size, 3, torch.optim.AdamW, lr=0.01))
+    with torch.device("meta"):
+        rounded = Net()
+    enter(place, rounded, weights="bf16", params="rank", grads="rank", queue=optimizer._queue)
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    rounded.to_empty(device="cpu")
+    for p in rounded.parameters():
+        p.data.fill_(1.0 + (place.rank if p is rounded.last.bias else 0))
+    with pytest.raises(
+        ValueError, match="rank 1 begins with other values than the first rank that holds the same shard"
+    ):
+        rounded(batch(0, 0))
 
 
 def refuses_other_weights(place: TorchRank) -> None:
@@ -328,6 +339,8 @@ def refuses_other_weights(place: TorchRank) -> None:
 
 
 def compiles_between_its_gathers(place: TorchRank) -> None:
+    with pytest.raises(ValueError, match=r"model: it is compiled already.*model.compile\(\)"):
+        enter(place, torch.compile(copy.deepcopy(START)))
     model = copy.deepcopy(START)
     optimizer = enter(place, model)
     model.compile(backend="aot_eager")

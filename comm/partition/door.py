@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ from thinwire.comm.partition.weight_shard import WeightShard
 from thinwire.comm.partition.wires.gradients import GradientWireSettings, formats_of
 from thinwire.comm.partition.wires.weights import SameWeights, UpdateWireSettings, build_gather_wire, build_update_wire
 from thinwire.comm.queue import CommQueue, open_queue
+from thinwire.comm.rank_names import name_ranks
 from thinwire.comm.same_weights import check_same_weights
 
 
@@ -176,7 +178,7 @@ def enter(
     _check_numbers(micro_batches=micro_batches, prefetch=prefetch)
     blocks = choose_blocks(model, units)
     groups = name_groups(model, parameter_groups)
-    rank, size = (queue.rank, queue.size) if queue is not None else _place()
+    rank, size = _place(queue)
     levels = levels_of(mesh, rank=rank, world_size=size)
     placement = place(
         levels, params=settings.params, grads=settings.grads, optim=settings.optim, secondary=settings.secondary
@@ -196,8 +198,10 @@ def enter(
     beyond = queue if queue is not None else _open_queue(levels, timeout_s)
     if not on_meta:
         check_same_weights(dict(model.named_parameters()), beyond, method="partition")
-    inside = beyond.beside("inside")
-    originals = {} if on_meta else _round_weights(model, trained, ownership, owner, settings.weights)
+    number = _partitions.get(beyond, 0)
+    _partitions[beyond] = number + 1
+    inside = beyond.beside(f"inside{number}")
+    originals = _round_weights(model, trained, ownership, owner, settings.weights)
     meshes = StateMeshes(levels, placement, _device_type(beyond) if on_meta else device_type, timeout_s)
     _shard(model, blocks, meshes, compute_dtype, prefetch)
     all_units = find_units(model)
@@ -212,7 +216,7 @@ def enter(
     separate = settings.weights != "fp32" or not build_update_wire(update).is_exact
     for part in parts:
         part.build_masters(meshes, separate=separate)
-        for name in originals.keys() & part.masters.keys():
+        for name in () if on_meta else originals.keys() & part.masters.keys():
             part.own.begin_from(name, originals[name])
     masters = {name: master for part in parts for name, master in part.masters.items()}
     masters = {name: masters[name] for name in trained}
@@ -289,13 +293,24 @@ def _round_weights(
     return originals
 
 
+_partitions: WeakKeyDictionary[CommQueue, int] = WeakKeyDictionary()  # how many models each queue serves
+
+
 def _open_queue(levels: Levels, timeout_s: float) -> CommQueue:
     queue = open_queue(timeout_s=timeout_s)
     queue.meter = TrafficMeter([levels.joining(peer) for peer in range(levels.world_size)])
     return queue
 
 
-def _place() -> tuple[int, int]:
+def _place(queue: CommQueue | None) -> tuple[int, int]:
+    """This rank, and how many there are."""
+    if queue is not None:
+        if list(queue.peers) != list(range(queue.size)):
+            raise ValueError(
+                f"queue: it joins {name_ranks(queue.peers)}, and each state is shared out among all ranks of the job; "
+                "give a queue over all of them, such as world.queue"
+            )
+        return queue.rank, queue.size
     if not dist.is_initialized():
         raise ValueError(
             "torch.distributed is not initialised: call thinwire.init() or init_process_group() before partition()"
