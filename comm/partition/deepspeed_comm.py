@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from thinwire.comm.channel import Channel
+from thinwire.comm.partition.deepspeed_padding import reduce_scatter_coalesced
 from thinwire.comm.partition.levels import Levels, MachineMesh, levels_of
 from thinwire.comm.partition.placement import Placement
 from thinwire.comm.partition.rank_order import RankOrder
@@ -285,6 +286,8 @@ def deepspeed_comm(
         engine, *_ = deepspeed.initialize(model=model, config=config)
     """
     module = _deepspeed_module()
+    from deepspeed.runtime.zero import stage3
+
     levels = levels_of(mesh, rank=dist.get_rank(), world_size=dist.get_world_size())
     wires = _gradient_wires(gradients or {}, default, levels)
     gather_wire = build_gather_wire(_checked("gather", GatherWireSettings, gather))
@@ -292,9 +295,12 @@ def deepspeed_comm(
         raise ValueError(f"exact_below: {exact_below} and seed: {seed} must not be negative, and seed below 2^31")
     backend = module.cdb
 
+    reducer = stage3.reduce_scatter_coalesced
+
     def leave() -> None:
         if module.cdb is comm:
             module.cdb = backend
+            stage3.reduce_scatter_coalesced = reducer
 
     comm = DeepSpeedComm(
         backend,
@@ -307,6 +313,7 @@ def deepspeed_comm(
         leave=leave,
     )
     module.cdb = comm
+    stage3.reduce_scatter_coalesced = reduce_scatter_coalesced
     return comm
 
 

@@ -37,6 +37,7 @@ class DeepSpeedSettings(Settings):
     stage: 0 = whole states on each rank; 1 shards the optimizer's, 2 the gradients too, 3 the weights too.
     secondary: a level in which a copy of the weights is kept from one gather until the next step (hpZ); stage 3 only.
     persist_below: in stage 3, weights of fewer elements stay whole on every rank.
+    keep_gathered: in stage 3, elements of gathered weights that may stay from one use to the next.
     gather: format of gathered weights, as method.gather of partition.
     gradients: format by name of level; where none is given, that of method.dtype.
     """
@@ -45,6 +46,7 @@ class DeepSpeedSettings(Settings):
     stage: Literal[0, 1, 2, 3] = 3
     secondary: LevelName | None = None
     persist_below: int = Field(100_000, ge=0)
+    keep_gathered: int = Field(1_000_000_000, ge=0)
     gather: GatherWireSettings = SameWeights()
     gradients: dict[LevelName, GradientWireSettings] = Field(default_factory=dict)
 
@@ -104,22 +106,26 @@ class DeepSpeedEngine:
             "stage": settings.stage,
             "zero_hpz_partition_size": ranks_of_copy,
             "stage3_param_persistence_threshold": settings.persist_below,
+            "stage3_max_live_parameters": settings.keep_gathered,
+            "stage3_max_reuse_distance": settings.keep_gathered,
+        }
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": micro_batches,
+            "gradient_clipping": clip_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": _NEVER,
         }
         optimizer = plan.factory(plan.groups, **plan.options)
-        self._engine: Any = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": micro_batches,
-                "gradient_clipping": clip_norm,
-                "zero_optimization": zero,
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "steps_per_print": _NEVER,
-            },
-            dist_init_required=False,
-        )[0]
+        try:
+            self._engine: Any = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )[0]
+        except BaseException:
+            self._comm.remove()
+            raise
         self.network = model
         self.optimizer: Optimizer = optimizer
         self.method: Method = self._comm
@@ -127,6 +133,7 @@ class DeepSpeedEngine:
         self._queue = world.queue
         self._stage = settings.stage
         self._state = DeepSpeedState(model, optimizer, self._engine, settings.stage)
+        self._state.clear_padding()
 
     @property
     def exposed_s(self) -> float:
@@ -236,6 +243,7 @@ def _start(world: World) -> Any:
 
         set_accelerator(CPU_Accelerator())
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # or an engine without hpZ would use another's
     deepspeed.init_distributed(
         "nccl" if world.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
     )

@@ -67,6 +67,17 @@ class DeepSpeedState:
                 self._set_state(parameter, key, value)
         self._spread()
 
+    def clear_padding(self) -> None:
+        """Stage 3 fills a tensor's last piece up with what was in the memory, which would spoil a quantised block."""
+        for parameter in self._model.parameters():
+            if self._stage == 3 and parameter.requires_grad:
+                piece, _ = self._zero._get_fp32_opt_state_partition(parameter, False)
+                begin = piece.numel() * self._zero._get_param_partition_rank(parameter)
+                known: Any = parameter  # DeepSpeed has given it attributes
+                own = max(0, min(piece.numel(), known.ds_numel - begin))
+                piece.detach()[own:].zero_()
+                known.ds_tensor.detach()[own:].zero_()
+
     def _weight(self, parameter: nn.Parameter) -> Tensor:
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
