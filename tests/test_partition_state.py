@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
 from torch_threads import TorchRank, run_torch_ranks
 
 from thinwire.comm.partition.door import enter
@@ -48,7 +50,14 @@ class Model(nn.Module):
 class Run:
     """A partitioned model on one rank."""
 
-    def __init__(self, rank: TorchRank, name: str, **settings: Any) -> None:
+    def __init__(
+        self,
+        rank: TorchRank,
+        name: str,
+        optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        **settings: Any,
+    ) -> None:
         self.rank = rank
         names, fanouts = reversed(rank.levels.names), reversed(rank.levels.fanouts)
         mesh = init_device_mesh("cpu", tuple(fanouts), mesh_dim_names=tuple(names))
@@ -56,8 +65,9 @@ class Run:
         self.optimizer: PartitionedOptimizer = enter(
             self.model,
             mesh,
-            torch.optim.AdamW,
+            optimizer,
             PartitionSettings(**settings),
+            parameter_groups=groups,
             compute_dtype=torch.bfloat16 if "weights" in settings else None,
             queue=rank.queue(name=name),
             lr=0.01,
@@ -191,6 +201,41 @@ def test_the_same_ranks_go_on_bit_for_bit_with_coded_wires_and_others_drop_what_
 def assert_equal(left: Pieces, right: Pieces) -> None:
     assert left.keys() == right.keys()
     assert [name for name, (_, value) in left.items() if not torch.equal(value, right[name][1])] == []
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "groups"),
+    [
+        # Its first step keeps the gradient as it is, so a momentum of zeros would not be none.
+        (partial(torch.optim.SGD, momentum=0.9, dampening=0.5), None),
+        (partial(torch.optim.AdamW, amsgrad=True), [{"params": ["first.*"], "lr": 0.1}, {"params": ["[bl]*"]}]),
+    ],
+)
+def test_any_optimizer_goes_on_and_a_template_leaves_it_as_it_is(
+    optimizer: Callable[..., Optimizer], groups: Sequence[Mapping[str, Any]] | None
+) -> None:
+    def work(rank: TorchRank) -> None:
+        through, resumed, asked = (
+            Run(rank, name, optimizer, groups, params="rank", grads="rank", optim="world") for name in "abc"
+        )
+        asked.optimizer.state_template()
+        assert asked.train(0, 2) == through.train(0, 2)
+        resumed.model.load_state_dict(through.model.state_dict())
+        resumed.optimizer.load_state_dict(through.optimizer.state_dict())
+        assert resumed.train(2, 4) == through.train(2, 4)
+        assert_equal(resumed.pieces(), through.pieces())
+        assert_same_form(through.optimizer.state_dict(), asked.optimizer.state_template())
+
+    run_torch_ranks([2], work)
+
+
+def assert_same_form(state: dict[str, Any], template: dict[str, Any]) -> None:
+    assert template["param_groups"] == state["param_groups"]
+    assert template["state"].keys() == state["state"].keys()
+    for name, own in state["state"].items():
+        assert {key: value.shape for key, value in template["state"][name].items()} == {
+            key: value.shape for key, value in own.items()
+        }
 
 
 def test_whole_weights_as_one_file_from_rank_0(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from thinwire.comm.partition.gather import Gather
-from thinwire.comm.partition.named_states import stand_in
+from thinwire.comm.partition.named_states import has_states, stand_in
 
 if TYPE_CHECKING:
     from thinwire.comm.partition.optimizer import PartitionedUnit
@@ -42,18 +42,19 @@ def measure_memory(units: Sequence[PartitionedUnit], gathers: Sequence[Gather], 
     seen: set[int] = set()
     weights = [tensor for gather in gathers for tensor in gather.unit.whole_shard().values()]
     masters = [unit.own.local(name) for unit in units for name in unit.masters]
-    states = [value for own in inner.state.values() for value in own.values() if isinstance(value, Tensor)]
     return {
         "params": _count(weights, seen),
         "grads": _count((unit.gradients.total for unit in units if unit.gradients.total is not None), seen),
-        "optim": _count([*masters, *states], seen),
+        "optim": _count([*masters, *_states(inner)], seen),
         "secondary": sum(gather.kept_bytes for gather in gathers),
         "memories": _count((memory for unit in units for memory in unit.gradients.all_memories()), seen),
     }
 
 
 def _predict_states(inner: Optimizer) -> int:
-    """What the optimizer will keep: tried out on a small parameter of each group."""
+    """What the optimizer keeps, or, before its first step, will keep: tried out on a small parameter of each group."""
+    if has_states(inner):
+        return _count(_states(inner), set())
     probes = [
         nn.Parameter(torch.zeros(_PROBE, dtype=like.dtype, device="cpu" if like.is_meta else like.device))
         for group in inner.param_groups
@@ -67,6 +68,10 @@ def _predict_states(inner: Optimizer) -> int:
         fixed = sum(value.nbytes for value in kept if value.shape != probe.shape)
         total += sum(_local(parameter).numel() * each + fixed for parameter in group["params"])
     return total
+
+
+def _states(inner: Optimizer) -> list[Tensor]:
+    return [value for own in inner.state.values() for value in own.values() if isinstance(value, Tensor)]
 
 
 def _count(tensors: Iterable[Tensor], seen: set[int]) -> int:

@@ -137,5 +137,10 @@ def stand_in(inner: Optimizer, groups: Sequence[Sequence[nn.Parameter]]) -> Opti
     return stand
 
 
+def has_states(inner: Optimizer) -> bool:
+    """Whether it keeps something for every parameter already: it has stepped, or began with it."""
+    return all(parameter in inner.state for group in inner.param_groups for parameter in group["params"])
+
+
 def _sizes(groups: Sequence[Sequence[str]]) -> str:
     return ", ".join(str(len(group)) for group in groups)

@@ -14,7 +14,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from thinwire.comm.partition.levels import Levels
-from thinwire.comm.partition.named_states import localize, name_states, refuse_other_names, stand_in, take_states
+from thinwire.comm.partition.named_states import (
+    has_states,
+    localize,
+    name_states,
+    refuse_other_names,
+    stand_in,
+    take_states,
+)
 from thinwire.comm.partition.placement import Placement
 
 if TYPE_CHECKING:
@@ -54,14 +61,15 @@ class PartitionedState:
 
     def template(self) -> dict[str, Any]:
         """The tree after a step, of zeros."""
-        names = self._names()
-        groups = [[nn.Parameter(torch.zeros_like(p)) for p in group["params"]] for group in self._inner.param_groups]
-        stands = {
-            id(stand): names[id(master)]
-            for own, group in zip(groups, self._inner.param_groups, strict=True)
-            for stand, master in zip(own, group["params"], strict=True)
-        }
-        stand = stand_in(self._inner, groups)
+        if has_states(self._inner):
+            present = name_states(self._inner, self._names())
+            state = {
+                name: {key: torch.zeros_like(v) if isinstance(v, Tensor) else v for key, v in own.items()}
+                for name, own in present["state"].items()
+            }
+            states = {**present, "state": state}
+        else:
+            states = self._states_after_a_step()
         masters = {
             name: torch.zeros_like(one.parameter) for name, one in self._owned().items() if one.unit.own.separate
         }
@@ -73,7 +81,7 @@ class PartitionedState:
             for unit in self._units
             if unit.gradients.memory_counts()
         }
-        return {**name_states(stand, stands), **self._rest(masters, memories, 0, 0)}
+        return {**states, **self._rest(masters, memories, 0, 0)}
 
     def load(self, state: Mapping[str, Any]) -> tuple[tuple[int, int], bool]:
         """Take a tree back; returns steps and draws, and whether the weights must be spread anew."""
@@ -104,6 +112,16 @@ class PartitionedState:
         self._take_own(str(state["feedback"]), state.get("own", {}))
         must_spread = bool(loaded) and not all(unit.own.separate for unit in self._units)
         return (int(state["steps"]), int(state["draws"])), must_spread
+
+    def _states_after_a_step(self) -> dict[str, Any]:
+        names = self._names()
+        groups = [[nn.Parameter(torch.zeros_like(p)) for p in group["params"]] for group in self._inner.param_groups]
+        stands = {
+            id(stand): names[id(master)]
+            for own, group in zip(groups, self._inner.param_groups, strict=True)
+            for stand, master in zip(own, group["params"], strict=True)
+        }
+        return name_states(stand_in(self._inner, groups), stands)
 
     def _rest(
         self, masters: Mapping[str, Tensor], memories: Mapping[str, Mapping[str, Tensor]], steps: int, draws: int
