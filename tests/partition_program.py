@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch._dynamo  # DTensor's first use would import it, in every process after the fork
 import torch.distributed as dist
+from forked_ranks import fork_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -231,28 +230,6 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
     dist.barrier()
 
 
-def main(folder: Path) -> None:
-    """Fork the ranks: importing torch once takes a quarter of the time. The store's thread starts after that."""
-    receive, send = os.pipe()
-    children = []
-    for rank in range(RANKS):
-        if not (child := os.fork()):
-            status = 1
-            try:
-                run_rank(rank, int(os.read(receive, 8)), folder)
-                status = 0
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.write(send, RANKS * f"{store.port:8}".encode())
-    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(any(failed))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    given = Path(sys.argv[1])
+    sys.exit(any(fork_ranks(RANKS, lambda rank, port: run_rank(rank, port, given))))
