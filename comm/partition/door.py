@@ -196,8 +196,13 @@ def enter(
     try_optimizer(build, placeholders(ownership, owner, "cpu" if on_meta else device_type))
 
     beyond = queue if queue is not None else _open_queue(levels, timeout_s)
-    if not on_meta:
-        check_same_weights(dict(model.named_parameters()), beyond, method="partition")
+    try:
+        check_same_weights({} if on_meta else dict(model.named_parameters()), beyond, method="partition")
+    except ValueError:
+        if queue is None:
+            beyond.close()
+            beyond.monitor.close()
+        raise
     number = _partitions.get(beyond, 0)
     _partitions[beyond] = number + 1
     inside = beyond.beside(f"inside{number}")
