@@ -126,7 +126,8 @@ class Trainer:
         train, data, method = self.config.train, self.data, self.config.method
         tokens = round(train.global_batch * data.tokens_per_sample)
         predicted = self.method.predicted_bytes()
-        sends = ", ".join(f"{count:,} bytes over {level}" for level, count in predicted.items()) or "nothing"
+        sends = ", ".join(f"{count:,} bytes over {level}" for level, count in predicted.items())
+        sends = sends or ("nothing" if self.world.size == 1 else "what will be known after the first")
         return "\n".join(
             (
                 f"{self.config.model.kind} with {self.parameters:,} parameters, {train.precision}; {data.describe()}",

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from thinwire.comm.onebyte.membership.errors import NoQuorumError as NoQuorumError
     from thinwire.comm.onebyte.membership.settings import MembershipSettings as MembershipSettings
     from thinwire.comm.onebyte.optimizer import OneByteSPSA as OneByteSPSA
+    from thinwire.comm.partition.deepspeed_comm import deepspeed_comm as deepspeed_comm
     from thinwire.comm.partition.door import partition as partition
     from thinwire.launch.join import init as init
 
@@ -98,6 +99,7 @@ _PUBLIC = {
     "WeightRangeError": "thinwire.comm.onebyte.errors",
     "allreduce": "thinwire.comm.allreduce",
     "compress": "thinwire.comm.compress.door",
+    "deepspeed_comm": "thinwire.comm.partition.deepspeed_comm",
     "elastic": "thinwire.comm.onebyte.membership.door",
     "gossip": "thinwire.comm.gossip.door",
     "init": "thinwire.launch.join",
