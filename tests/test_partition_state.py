@@ -56,12 +56,14 @@ class Run:
         name: str,
         optimizer: Callable[..., Optimizer] = torch.optim.AdamW,
         groups: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        device: str = "cpu",
         **settings: Any,
     ) -> None:
         self.rank = rank
         names, fanouts = reversed(rank.levels.names), reversed(rank.levels.fanouts)
         mesh = init_device_mesh("cpu", tuple(fanouts), mesh_dim_names=tuple(names))
-        self.model = Model()
+        self.model = Model().to(device)
         self.optimizer: PartitionedOptimizer = enter(
             self.model,
             mesh,
@@ -302,6 +304,24 @@ def test_masters_come_and_go_with_the_need_for_them(caplog: pytest.LogCaptureFix
     run_torch_ranks([2], work)
     told = [record.getMessage() for record in caplog.records if "call model.load_state_dict() first" in record.msg]
     assert len(told) == 2 * 2  # units, ranks
+
+
+def test_a_model_from_the_meta_device_takes_a_checkpoint_once_it_has_memory() -> None:
+    def work(rank: TorchRank) -> None:
+        states = {"params": "rank", "grads": "rank", "optim": "world", "update": "difference"}
+        through = Run(rank, "through", **states)
+        through.train(0, 2)
+        resumed = Run(rank, "resumed", device="meta", **states)
+        with pytest.raises(ValueError, match=r"call model.to_empty\(device=...\) before"):
+            resumed.optimizer.state_template()
+        resumed.model.to_empty(device="cpu")
+        assert_same_form(through.optimizer.state_dict(), resumed.optimizer.state_template())
+        resumed.model.load_state_dict(through.model.state_dict())
+        resumed.optimizer.load_state_dict(through.optimizer.state_dict())
+        assert resumed.train(2, 4) == through.train(2, 4)
+        assert_equal(resumed.pieces(), through.pieces())
+
+    run_torch_ranks([2], work)
 
 
 def test_refuses_the_state_of_another_model_or_other_groups_and_changes_nothing() -> None:

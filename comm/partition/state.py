@@ -55,12 +55,14 @@ class PartitionedState:
 
     def save(self, steps: int, draws: int) -> dict[str, Any]:
         """The tree; its tensors are those in use."""
+        self._follow()
         masters = {name: one.parameter.detach() for name, one in self._owned().items() if one.unit.own.separate}
         memories = {unit.unit.name: dict(unit.gradients.memories) for unit in self._units if unit.gradients.memories}
         return {**name_states(self._inner, self._names()), **self._rest(masters, memories, steps, draws)}
 
     def template(self) -> dict[str, Any]:
         """The tree after a step, of zeros."""
+        self._follow()
         if has_states(self._inner):
             present = name_states(self._inner, self._names())
             state = {
@@ -95,6 +97,9 @@ class PartitionedState:
                 f"load_state_dict: {', '.join(lacking)} is missing: this is not the state of a partitioned optimizer; "
                 "load what its own state_dict() gave"
             )
+        for unit in self._units:
+            unit.own.are_restored = False  # what was loaded before is of no more interest
+        self._follow()
         owned = self._owned()
         if state["masters"]:
             refuse_other_names(state["masters"], owned)
@@ -103,8 +108,6 @@ class PartitionedState:
             for name, value in state["masters"].items()
         }
         take_states(self._inner, state, self._names(), {name: one.rows for name, one in owned.items()})
-        for unit in self._units:
-            unit.own.follow()
         for name, master in loaded.items():
             own = owned[name].unit.own
             own.begin_from(owned[name].name, cast(DTensor, master).to_local())
@@ -146,6 +149,16 @@ class PartitionedState:
         for unit in self._units:
             for level, memory in mine["memories"].get(unit.unit.name, {}).items():
                 unit.gradients.memories[level] = memory.to(self._device, copy=True)
+
+    def _follow(self) -> None:
+        """Masters that weights have left behind are not worth keeping, and those on the meta device have no values."""
+        for unit in self._units:
+            unit.own.follow()
+        if any(one.parameter.is_meta for one in self._owned().values()):
+            raise ValueError(
+                "model: its weights are still on the meta device; call model.to_empty(device=...) before state_dict(), "
+                "state_template() and load_state_dict() of its optimizer"
+            )
 
     def _owned(self) -> dict[str, _Owned]:
         owner = self._levels.number(self._levels.rank, self._placement.optim)
