@@ -88,7 +88,8 @@ def partition(
 
     The model becomes one of torch's fully_shard() modules: train it as before. Gradients never appear in .grad;
     step() forgets them. Every rank must run the same modules in the same order. Parameters that a backward did not
-    reach count as having gradient 0. On a meta device call model.to_empty() and initialise after this call.
+    reach count as having gradient 0. On a meta device call model.to_empty() and initialise after this call. Whoever
+    changes weights later does so in place on every rank, and not through .data, of which torch keeps no count.
 
     Args:
         model: fp32 parameters (bf16 ones with weights="bf16"), equal on all ranks; changed in place.
