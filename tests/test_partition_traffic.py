@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import hypothesis
 import pytest
@@ -11,8 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from partition_formula import expected_bytes
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch_threads import TorchRank, run_torch_ranks
 
+from thinwire.comm.partition.door import partition
 from thinwire.comm.partition.levels import Levels, build_levels
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.traffic import Flow, UnitShapes, predict_bytes, predict_flows, unit_shapes
@@ -150,6 +155,13 @@ class Net(nn.Module):
         self.head.weight = self.embedding.weight
         self.blocks[1].bias.requires_grad_(False)
 
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        found: Tensor = self.head(x)
+        return found
+
 
 def test_units_are_read_off_a_model_without_memory() -> None:
     with torch.device("meta"):
@@ -171,3 +183,45 @@ def names(unit: UnitShapes) -> tuple[list[str], list[str]]:
 def test_levels_that_do_not_nest_are_refused() -> None:
     with pytest.raises(ValueError, match="grads: pair is a faster level than params: node"):
         predict_flows([vector(8)], machine((2, 2, 2)), settings(2, 1, 3))
+
+
+WIRES: list[dict[str, Any]] = [
+    {"preset": "hpz"},
+    {"params": "node", "weights": "bf16", "gather": "int8", "gradients": {"node": "int8", "world": "int4"}},
+    {"params": "rank", "update": "difference", "gradients": {"world": {"kind": "int4", "feedback": True}}},
+    {"preset": "hsdp", "compute_dtype": torch.bfloat16, "gradients": {"world": "bf16"}},
+]
+
+
+def test_the_handle_predicts_the_same() -> None:
+    """With frozen parts and every kind of wire: one is computed from settings, the other by what FSDP2 was given."""
+    whole = Net()
+    whole.blocks[0].requires_grad_(False)
+
+    def work(rank: TorchRank) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("world", "node"))
+        for options in WIRES:
+            model = copy.deepcopy(whole)
+            shapes = unit_shapes(model, list(model.blocks))
+            own = {name: value for name, value in options.items() if name != "compute_dtype"}
+            predicted = predict_bytes(
+                shapes,
+                rank.levels,
+                PartitionSettings.model_validate(own),
+                micro_batches=3,
+                compute_dtype=options.get("compute_dtype"),
+            )
+            queue = rank.queue()
+            optimizer = partition(model, mesh, torch.optim.SGD, queue=queue, lr=0.1, micro_batches=3, **options)
+            assert optimizer.predicted_bytes() == predicted, options
+            before: dict[str, int] = {}
+            for _ in range(2):  # what is frozen, and has a second copy, crosses the slow levels in the first step alone
+                before = queue.meter.sent_bytes("partition/")
+                for micro_batch in range(3):
+                    model(torch.arange(4) + micro_batch).square().mean().backward()
+                optimizer.step()
+            after = queue.meter.sent_bytes("partition/")
+            assert {level: count - before[level] for level, count in after.items()} == predicted, options
+            queue.close()
+
+    run_torch_ranks((2, 4), work)

@@ -70,7 +70,8 @@ def predict_flows(
     V_l = n / (L_0 ... L_{l-1}) * (L_l - 1) / L_l elements, in either direction. With p, g and o levels for params,
     grads and optim, and k micro-batches:
 
-    - gather: 2 k V_l at l < p (k for the root), of which only the first at l >= secondary;
+    - gather: 2 k V_l at l < p (k for the root), of which only the first at l >= secondary (none, after the first step,
+      for a unit all of whose weights are frozen);
     - reduce: k V_l at l < g;
     - reduce_once: V_l at g <= l < o, and 2 V_l at l >= o, where owners have replicas;
     - update: V_l at p <= l < o.
@@ -147,7 +148,7 @@ def _flows_of(
 ) -> Iterable[Flow]:
     dtype = _WEIGHTS[settings.weights]
     calls = micro_batches * (1 if unit.is_root else 2)
-    full = calls if placement.secondary is None else 1
+    full = calls if placement.secondary is None else 1 if unit.trained else 0
     for level, count in _gather_bytes(unit, levels, placement, settings, compute_dtype or dtype).items():
         is_slow = levels.names.index(level) >= (placement.secondary or 0)
         times = full if is_slow else calls
