@@ -125,6 +125,7 @@ def train(arm: Arm, seed: int, options: Any) -> Iterator[tuple[int, float]]:
         "optimizer.lr": f"{options.lr:.6f}",
         "model.layers": options.layers,
         "model.width": options.width,
+        "model.heads": max(1, options.width // 32),
     }
     config = load_config(CONFIG, [f"{path}={value}" for path, value in settings.items()])
     data = Data(config.data, context=config.model.context, seed=config.seed)
