@@ -21,6 +21,7 @@ from thinwire.comm.partition.door import partition
 from thinwire.comm.partition.levels import Levels, build_levels
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.traffic import Flow, UnitShapes, predict_bytes, predict_flows, unit_shapes
+from thinwire.comm.queue import CommQueue
 
 NAMES = ("pair", "node", "world")
 TRIPLES = [(p, g, o) for p in range(4) for g in range(p, 4) for o in range(g, 4)]
@@ -204,7 +205,7 @@ def test_the_handle_predicts_the_same() -> None:
             model = copy.deepcopy(whole)
             shapes = unit_shapes(model, list(model.blocks))
             own = {name: value for name, value in options.items() if name != "compute_dtype"}
-            predicted = predict_bytes(
+            flows = predict_flows(
                 shapes,
                 rank.levels,
                 PartitionSettings.model_validate(own),
@@ -213,15 +214,30 @@ def test_the_handle_predicts_the_same() -> None:
             )
             queue = rank.queue()
             optimizer = partition(model, mesh, torch.optim.SGD, queue=queue, lr=0.1, micro_batches=3, **options)
-            assert optimizer.predicted_bytes() == predicted, options
-            before: dict[str, int] = {}
+            in_all: Counter[str] = Counter()
+            for flow in flows:
+                in_all[flow.level] += flow.payload_bytes
+            assert optimizer.predicted_bytes() == dict(in_all), options
+            before: dict[tuple[str, str], tuple[int, int]] = {}
             for _ in range(2):  # what is frozen, and has a second copy, crosses the slow levels in the first step alone
-                before = queue.meter.sent_bytes("partition/")
+                before = metered(queue)
                 for micro_batch in range(3):
                     model(torch.arange(4) + micro_batch).square().mean().backward()
                 optimizer.step()
-            after = queue.meter.sent_bytes("partition/")
-            assert {level: count - before[level] for level, count in after.items()} == predicted, options
+            found = {(flow.operation, flow.level): (flow.payload_bytes, flow.exchanges) for flow in flows}
+            for key, (sent, calls) in metered(queue).items():
+                assert (sent - before[key][0], calls - before[key][1]) == found.pop(key), (options, key)
+            assert not found
             queue.close()
 
     run_torch_ranks((2, 4), work)
+
+
+def metered(queue: CommQueue) -> dict[tuple[str, str], tuple[int, int]]:
+    """Bytes sent and exchanges so far, by operation and level."""
+    return {
+        (name.removeprefix("partition/"), level): (entry["sent_bytes"], entry["calls"])
+        for name, levels in queue.meter.snapshot()["operations"].items()
+        for level, entry in levels.items()
+        if name.startswith("partition/")
+    }

@@ -153,6 +153,8 @@ def _flows_of(
         is_slow = levels.names.index(level) >= (placement.secondary or 0)
         times = full if is_slow else calls
         yield Flow("params", "gather", level, times * count, times)
+    if not unit.trained:
+        return
     size = {"params": levels.size(placement.params), "grads": levels.size(placement.grads)}
     cuts = (size["params"], size["grads"] // size["params"], levels.size(placement.optim) // size["grads"])
     ownership = Ownership(unit.trained, cuts)
