@@ -92,14 +92,27 @@ def test_the_configuration_is_written_whole(tmp_path: Path) -> None:
 def test_numeric_settings_leave_out_what_changes_no_number() -> None:
     config = {
         "name": "a",
+        "method": {"kind": "allreduce", "dtype": "fp32"},
         "output": {"folder": "x"},
         "schedule": {"kind": "cosine", "decay_steps": "auto"},
         "train": {"steps": 5, "eval_every": 2, "global_batch": 8},
         "world": {"timeout_s": 1.0, "threads": 2},
     }
     assert numeric_settings(config) == {
+        "method.kind": "allreduce",
+        "method.dtype": "fp32",
         "schedule.kind": "cosine",
         "schedule.decay_steps": 5,
         "train.global_batch": 8,
         "world.threads": 2,
     }
+
+
+def test_a_partitioned_run_may_go_on_with_its_states_elsewhere() -> None:
+    base = {"schedule": {"kind": "constant", "decay_steps": "auto"}, "train": {"steps": 5}}
+    partition = {"kind": "partition", "params": "node", "optim": "world", "weights": "bf16"}
+    elsewhere = {**partition, "params": "rank", "optim": "node"}
+    other_numbers = {**partition, "weights": "fp32"}
+    facts = numeric_settings({**base, "method": partition})
+    assert facts == numeric_settings({**base, "method": elsewhere})
+    assert facts != numeric_settings({**base, "method": other_numbers})
