@@ -98,7 +98,7 @@ class Channel:
 
         Args:
             output: contiguous, sum(splits) elements along the first dimension.
-            local: contiguous, splits[rank] elements along the first dimension.
+            local: contiguous, splits[rank] elements along the first dimension; may be its own part of `output`.
             splits: elements along the first dimension that each rank contributes.
             in_rounds: as in all_to_all().
         """
@@ -171,7 +171,8 @@ class Channel:
 
         A round begins when the last but one has ended: that hides the start of its streams behind the round before.
         """
-        outputs[self.rank].copy_(inputs[self.rank])
+        if outputs[self.rank].data_ptr() != inputs[self.rank].data_ptr():
+            outputs[self.rank].copy_(inputs[self.rank])
         under_way: deque[list[Work]] = deque()
         for k in range(1, self.size):
             target, source = (self.rank + k) % self.size, (self.rank - k) % self.size

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from forked_ranks import fork_ranks
 from torch import nn
-from torch.distributed import TCPStore
 
 from thinwire.comm.allreduce import AllReduceSettings, allreduce
 from thinwire.comm.errors import NonFiniteGradientError
@@ -194,7 +194,9 @@ SCENARIOS: Sequence[Callable[[World], None]] = (
 def run_rank(rank: int, port: int, folder: Path) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
-    os.environ.update({name: str(value) for name, value in {**place, **where, "TORCHELASTIC_RUN_ID": "t"}.items()})
+    elastic = {"TORCHELASTIC_RUN_ID": "t", "TORCHELASTIC_USE_AGENT_STORE": True}  # the store is there already
+    os.environ.update({name: str(value) for name, value in {**place, **where, **elastic}.items()})
+    torch.set_num_threads(1)
     levels = MeshSettings(levels=(LevelSettings(name="node", size=2),))
     world = join(detect(), WorldSettings(timeout_s=60.0), levels)
     outcomes = {}
@@ -208,29 +210,8 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
     world.close()
 
 
-def main(folder: Path) -> None:
-    """Fork the ranks: importing torch and DeepSpeed once takes a quarter of the time."""
-    import deepspeed  # noqa: F401
-
-    with_port = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = with_port.port
-    del with_port
-    children = []
-    for rank in range(RANKS):
-        if not (child := os.fork()):
-            status = 1
-            try:
-                torch.set_num_threads(1)
-                run_rank(rank, port, folder)
-                status = 0
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(any(failed))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    import deepspeed  # noqa: F401  # before the fork: importing it once takes a quarter of the time
+
+    given = Path(sys.argv[1])
+    sys.exit(any(fork_ranks(RANKS, lambda rank, port: run_rank(rank, port, given))))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import fsdp2_gossip
 import pytest
 import torch
 import torch.distributed as dist
+from forked_ranks import fork_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -355,24 +355,6 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
     dist.barrier()
 
 
-def main(folder: Path) -> None:
-    """Fork the ranks: importing torch once takes a quarter of the time."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    children = []
-    for rank in range(HOSTS * LOCAL):
-        if not (child := os.fork()):
-            status = 1
-            try:
-                run_rank(rank, store.port, folder)
-                status = 0
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    failed = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    sys.exit(any(failed))
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    given = Path(sys.argv[1])
+    sys.exit(any(fork_ranks(HOSTS * LOCAL, lambda rank, port: run_rank(rank, port, given))))

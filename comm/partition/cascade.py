@@ -70,15 +70,17 @@ class Cascade:
                 sent = encode_sum(received, wires[hop.name], wire, sums_after, key=key, memory=of.get(after))
         return sum_of(received, wires[hop.name], counts[self.leaf])
 
-    def all_gather(self, channel: Channel, own: Tensor, sizes: Sequence[int]) -> Tensor:
+    def all_gather(self, channel: Channel, own: Tensor, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
         """Every leaf's bytes in the order of the leaves, uint8.
 
         Args:
-            own: uint8 (sizes[leaf],).
+            own: uint8 (sizes[leaf],); may be its part of `out`.
             sizes: bytes of each leaf.
+            out: where to write them, unless the tree is this rank alone; otherwise new memory.
         """
-        for hop, sums in reversed(list(zip(self._hops, self._hop_sums(sizes), strict=True))):
-            own = hop.all_gather(channel, own, sums)
+        hop_sums = self._hop_sums(sizes)
+        for index in reversed(range(len(self._hops))):
+            own = self._hops[index].all_gather(channel, own, hop_sums[index], None if index else out)
         return own
 
     def first_counts(self, counts: Sequence[int]) -> list[int]:

@@ -119,10 +119,8 @@ class GradientShard:
         else:
             counts = self._inside_counts()
             values = self._inside.reduce_scatter(channel, values, counts, self._wires, key=key, order=order)
-        if self.total is None:
-            self.total = torch.empty(sum(self._counts), dtype=torch.float32, device=values.device)
-        if self._is_empty:
-            self.total.copy_(values)
+        if self._is_empty or self.total is None:
+            self.total = values
         else:
             self.total.add_(values)
         self._is_empty = False

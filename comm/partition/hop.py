@@ -41,14 +41,15 @@ class Hop:
         parts.all_to_all(received.view(-1), sent, own, sizes, in_rounds=is_worth_rounds(max(sizes)))
         return received
 
-    def all_gather(self, channel: Channel, own: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Every peer's bytes, in the order of the peers: uint8, new memory.
+    def all_gather(self, channel: Channel, own: Tensor, sizes: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """Every peer's bytes, in the order of the peers: uint8.
 
         Args:
-            own: uint8 (sizes[digit],).
+            own: uint8 (sizes[digit],); may be its part of `out`.
             sizes: bytes of each peer, the same on all.
+            out: where to write them; otherwise new memory.
         """
-        gathered = torch.empty(sum(sizes), dtype=torch.uint8, device=own.device)
+        gathered = torch.empty(sum(sizes), dtype=torch.uint8, device=own.device) if out is None else out
         channel.among(self.peers).all_gather(gathered, own, sizes, in_rounds=is_worth_rounds(max(sizes)))
         return gathered
 

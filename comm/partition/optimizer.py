@@ -241,7 +241,8 @@ class PartitionedOptimizer(Optimizer):
 
     def _measure(self, bad: bool) -> float:
         """The norm over all owners, the same bits on every rank."""
-        squares = sum(float(unit.gradients.own.double().square().sum()) for unit in self._units)
+        norms = [torch.linalg.vector_norm(unit.gradients.own, dtype=torch.float64) for unit in self._units]
+        squares = sum(float(norm) ** 2 for norm in norms)
         mine = torch.tensor([squares, float(bad)], dtype=torch.float64)
         told = self._queue.submit(_NORM, lambda channel: channel.all_gather_same(mine)).wait()
         copies = self._levels.world_size // self._levels.size(self._placement.optim)

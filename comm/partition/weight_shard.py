@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from thinwire.comm.partition.placement import Placement
 class UpdateWire(Protocol):
     """A format for weights that their owner has changed.
 
-    Attributes: is_exact, whether the weights become the owner's own, bit for bit.
+    Attributes: is_exact, whether the payload is the weights themselves, in their dtype: all get what the owner has.
     """
 
     is_exact: bool
@@ -79,25 +79,30 @@ class WeightShard:
                 is exact, may be changed already.
             new: this rank's own rows, fp32.
         """
-        names = self._ownership.shapes
+        own_new = torch.cat([new[name].reshape(-1) for name in self._ownership.shapes])
         own_old = torch.cat([rows.reshape(-1) for rows in self.own_rows(shard).values()])
-        own_new = torch.cat([new[name].reshape(-1) for name in names])
         payload = self._wire.encode(own_new, own_old, key=key)
         sizes = self._sizes(own_old.dtype)
         if channel is not None:
             payload = self._cascade.all_gather(channel, payload, sizes)
         pieces = self._ownership.pieces(shard, self._first, self._first + self._cascade.leaves)
-        flat = torch.cat(pieces) if pieces else own_old
-        bounds = [offset - self._ownership.offsets[self._first] for offset in self._offsets()]
-        for part, (start, stop) in zip(payload.split(sizes), pairwise(bounds), strict=True):
-            if start < stop:
-                self._wire.apply(part, flat[start:stop])
-        if pieces:
-            torch._foreach_copy_(pieces, list(flat.split([piece.numel() for piece in pieces])))
+        if not pieces:
+            return
+        flat = payload.view(own_old.dtype) if self._wire.is_exact else self._applied(payload.split(sizes), pieces)
+        torch._foreach_copy_(pieces, list(flat.split([piece.numel() for piece in pieces])))
 
     def sent_bytes(self, dtype: torch.dtype) -> Counter[str]:
         """Payload bytes that this rank sends in spread(), by level."""
         return Counter(self._cascade.all_gather_bytes(self._sizes(dtype)))
+
+    def _applied(self, payloads: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
+        """The new weights, flat, of the old ones in `pieces` and what each owner has sent."""
+        flat = torch.cat(list(pieces))
+        bounds = [offset - self._ownership.offsets[self._first] for offset in self._offsets()]
+        for part, (start, stop) in zip(payloads, pairwise(bounds), strict=True):
+            if start < stop:
+                self._wire.apply(part, flat[start:stop])
+        return flat
 
     def _sizes(self, dtype: torch.dtype) -> list[int]:
         return [self._wire.payload_bytes(count, dtype) for count in self._counts]
