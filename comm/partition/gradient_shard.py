@@ -137,14 +137,12 @@ class GradientShard:
         if channel is not None:
             memories = self._begin_memories()
             if self._between.leaves > 1:
-                own.copy_(
-                    self._between.reduce_scatter(
-                        channel, self.total, self._counts, self._wires, key=key, memories=memories
-                    )
+                own = self._between.reduce_scatter(
+                    channel, self.total, self._counts, self._wires, key=key, memories=memories
                 )
             if self._replicas.leaves > 1:
-                own.copy_(self._sum_over_replicas(channel, own, key + self._between.leaves, memories))
-        own.mul_(1.0 / self._world_size)
+                own = self._sum_over_replicas(channel, own, key + self._between.leaves, memories)
+        torch.mul(own, 1.0 / self._world_size, out=self.own)
 
     def commit(self) -> None:
         """The step that finish() was for has been made: its errors are those to make good."""

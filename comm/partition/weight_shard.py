@@ -30,7 +30,10 @@ class UpdateWire(Protocol):
         ...
 
     def encode(self, new: Tensor, old: Tensor, *, key: int) -> Tensor:
-        """What must be sent so that `old`, flat, of the weights' dtype, becomes `new`, fp32: uint8."""
+        """What must be sent so that `old`, flat, of the weights' dtype, becomes `new`, fp32: uint8.
+
+        An exact format looks at the dtype of `old` alone, which may be empty.
+        """
         ...
 
     def apply(self, payload: Tensor, weights: Tensor) -> None:
@@ -80,15 +83,18 @@ class WeightShard:
             new: this rank's own rows, fp32.
         """
         own_new = torch.cat([new[name].reshape(-1) for name in self._ownership.shapes])
-        own_old = torch.cat([rows.reshape(-1) for rows in self.own_rows(shard).values()])
+        own_rows = [rows.reshape(-1) for rows in self.own_rows(shard).values()]
+        dtype = own_rows[0].dtype
+        # An exact format looks at the dtype alone.
+        own_old = own_rows[0][:0] if self._wire.is_exact else torch.cat(own_rows)
         payload = self._wire.encode(own_new, own_old, key=key)
-        sizes = self._sizes(own_old.dtype)
+        sizes = self._sizes(dtype)
         if channel is not None:
             payload = self._cascade.all_gather(channel, payload, sizes)
         pieces = self._ownership.pieces(shard, self._first, self._first + self._cascade.leaves)
         if not pieces:
             return
-        flat = payload.view(own_old.dtype) if self._wire.is_exact else self._applied(payload.split(sizes), pieces)
+        flat = payload.view(dtype) if self._wire.is_exact else self._applied(payload.split(sizes), pieces)
         torch._foreach_copy_(pieces, list(flat.split([piece.numel() for piece in pieces])))
 
     def sent_bytes(self, dtype: torch.dtype) -> Counter[str]:
