@@ -15,6 +15,7 @@ import os
 import sys
 import time
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ LR = 1e-3
 CPU = torch.device("cpu")
 
 
-class Way:
+class Way(ABC):
     """How to train: one micro-batch backward, then one step. `handle` is thinwire's."""
 
     handle: Any = None
@@ -50,11 +51,11 @@ class Way:
         self.model = model
         self.micro_batches = micro_batches
 
-    def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def backward(self, loss: Tensor, *, is_last: bool) -> None: ...
 
-    def step(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self) -> None: ...
 
 
 class Alone(Way):
