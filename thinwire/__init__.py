@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from thinwire.comm.allreduce import allreduce as allreduce
+    from thinwire.comm.balance.balance import LoadBalance as LoadBalance
+    from thinwire.comm.balance.errors import NonFiniteLogitsError as NonFiniteLogitsError
+    from thinwire.comm.balance.errors import RouterError as RouterError
     from thinwire.comm.compress.auto import Auto as Auto
     from thinwire.comm.compress.compressors.block_quantized import Int4 as Int4
     from thinwire.comm.compress.compressors.block_quantized import Int8 as Int8
@@ -75,6 +78,7 @@ _PUBLIC = {
     "FP16": "thinwire.comm.compress.compressors.dense",
     "Int4": "thinwire.comm.compress.compressors.block_quantized",
     "Int8": "thinwire.comm.compress.compressors.block_quantized",
+    "LoadBalance": "thinwire.comm.balance.balance",
     "LowRank": "thinwire.comm.compress.compressors.low_rank",
     "Natural": "thinwire.comm.compress.compressors.natural",
     "MachinesSettings": "thinwire.comm.gossip.post.machines",
@@ -82,6 +86,7 @@ _PUBLIC = {
     "ModelMismatchError": "thinwire.comm.onebyte.errors",
     "NoQuorumError": "thinwire.comm.onebyte.membership.errors",
     "NonFiniteGradientError": "thinwire.comm.errors",
+    "NonFiniteLogitsError": "thinwire.comm.balance.errors",
     "NonFiniteWeightsError": "thinwire.comm.errors",
     "OneByteSPSA": "thinwire.comm.onebyte.optimizer",
     "OwnWeightsError": "thinwire.comm.errors",
@@ -89,6 +94,7 @@ _PUBLIC = {
     "PeerLateError": "thinwire.comm.errors",
     "PeerLostError": "thinwire.comm.errors",
     "RandK": "thinwire.comm.compress.compressors.rand_k",
+    "RouterError": "thinwire.comm.balance.errors",
     "Sign": "thinwire.comm.compress.compressors.sign",
     "SingleMerge": "thinwire.comm.gossip.schedule:SingleMergeSettings",
     "SmoothnessEstimate": "thinwire.comm.compress.feedback.ef21_weighted",

@@ -1,0 +1,276 @@
+"""LoadBalance: what a router calls, and what then happens when."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from thinwire.comm.balance.bus import StatisticsBus
+from thinwire.comm.balance.columns import Columns
+from thinwire.comm.balance.convention import Combine, Convention, LossScale
+from thinwire.comm.balance.inject import inject, register
+from thinwire.comm.balance.layer_map import LayerMap
+from thinwire.comm.balance.load_metrics import load_metrics
+from thinwire.comm.balance.modes.build import build_mode
+from thinwire.comm.balance.modes.mode import Setting
+from thinwire.comm.balance.recompute import recognise
+from thinwire.comm.balance.replay import in_backward, will_be_recomputed
+from thinwire.comm.balance.settings import BalanceSettings, ModeName, Scope
+from thinwire.comm.balance.step_units import StepUnits
+from thinwire.comm.balance.target import fractions_of
+from thinwire.comm.queue import CommQueue, open_queue
+from thinwire.kernels.router_gradient import Score, router_gradient
+
+
+class LoadBalance:
+    """The load-balancing loss over the global batch: a comm.method.Method. One per model.
+
+    Qiu et al. 2025, "Demons in the Detail" (2501.11873). With c_i the selections of expert i, f_i = c_i / sum_j c_j,
+    P_i the mean over tokens of p_ti, p_t the softmax (or the normalised sigmoid) of the logits, the loss of a layer is
+
+        a * E * sum_i f_i P_i,    dL / dz_ti = a E / N * p_ti * (f_i - sum_j f_j p_tj),
+
+    where f and the number of tokens N are those of the global batch. Only the counts cross the wire; the P of each
+    micro-batch stays where it is, and the trainer's own averaging of gradients does the rest. The loss is never added
+    to the trainer's: its gradient enters where the router calls, so it must know what the trainer does to gradients.
+
+    Micro-batches are told by the calls alone: a layer that is called again begins the next one, and after
+    `micro_batches` of them the next step begins.
+
+    Modes, that is, when f is known (modes/ has each one's rule):
+        late    all micro-batches counted so far: exact where all forward passes come before the backward passes
+        sync    the paper's: the micro-batches up to this one
+        carry   as sync, with the last step's counts in place of those to come
+        stale   the last step's (default): one message per step, and nobody waits
+        ema     a moving average of past steps; so too
+        hier    this step's within `inner`, the last step's beyond
+        gossip  dynamic average consensus with a few neighbours
+
+    Where we differ from the paper: no blocking message per layer, but one for all layers, on a CommQueue; tokens are
+    weighted equally whatever their number per rank, and padding is left out; a recomputed forward pass counts once.
+
+    Args:
+        group: ranks whose tokens make up the batch: data, expert, context (and, where each has tokens of its own,
+            tensor) parallel ones that hold the same layers; default: all.
+        num_experts: E, outputs of each router.
+        top_k: experts that a token selects.
+        coef: a; summed over layers.
+        scope: "global", or for comparison "micro" or "node" (the ranks of `inner`).
+        mode: see above; default "stale". None with scope micro.
+        micro_batches: forward passes per optimizer step. begin_step() can change it.
+        ranks: what the trainer does to the ranks' gradients: "mean" (DDP, FSDP2, DeepSpeed) or "sum".
+        accumulation: what it does to the micro-batches' gradients: "sum" (as backward() does), or "mean" if it divides
+            gradients, not only its loss, by their number.
+        loss_scale: gives the present scale of the trainer's loss: GradScaler.get_scale.
+        micro_coef, z_coef, decay: see BalanceSettings.
+        score: of the gate: "softmax" or "sigmoid".
+        inner: groups of near ranks, each ascending, for scope node and mode hier.
+        layers: names of all layers, in any order; default: learned from the first forward pass.
+        queue: CommQueue over the group's ranks that nobody else uses meanwhile; default: a new one.
+        timeout_s: deadline of a message when no queue is given, in seconds.
+    Raises:
+        ValueError: a setting that is not allowed, or this rank is not in the group.
+
+    Example:
+        balance = thinwire.LoadBalance(num_experts=64, top_k=4, coef=1e-2)
+        # in each router:
+        logits = balance("layer 3", logits, selected, valid_mask)
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | None = None,
+        *,
+        num_experts: int,
+        top_k: int,
+        coef: float,
+        scope: Scope = "global",
+        mode: ModeName | None = None,
+        micro_batches: int = 1,
+        ranks: Combine = "mean",
+        accumulation: Combine = "sum",
+        loss_scale: LossScale | None = None,
+        micro_coef: float = 0.0,
+        z_coef: float = 0.0,
+        decay: float | None = None,
+        score: Score = "softmax",
+        inner: Sequence[Sequence[int]] | None = None,
+        layers: Sequence[str | int] | None = None,
+        queue: CommQueue | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self.settings = BalanceSettings(
+            coef=coef, scope=scope, mode=mode, decay=decay, micro_coef=micro_coef, z_coef=z_coef
+        )
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self._score: Score = score
+        self._convention = Convention(ranks, accumulation, loss_scale)
+        self._queue = queue or open_queue(group, timeout_s=timeout_s)
+        self._layers = LayerMap(layers)
+        self._columns = Columns(num_experts)
+        near = next((g for g in inner or () if self._queue.rank in g), None)
+        self._bus = StatisticsBus(self._queue, self._layers, self._columns, near)
+        self._setting = Setting(self._bus, self._columns, self._queue.size, micro_batches, near=scope == "node")
+        self._mode = build_mode(self.settings, self._setting)
+        self._steps = StepUnits(self._layers, self._mode, self._setting)
+        self._model: nn.Module | None = None
+        self._removed = False
+        self._handle = register(self)
+
+    def __call__(self, layer: str | int, logits: Tensor, selected: Tensor, valid_mask: Tensor | None = None) -> Tensor:
+        """The logits, through which the loss's gradient flows back: go on with these.
+
+        Counts and pulls only where gradients are on; in a recomputation it counts nothing.
+
+        Args:
+            layer: the layer's name or number.
+            logits: (..., num_experts), before softmax or sigmoid; fp32 is best, since ties are common in bf16.
+            selected: (..., top_k) integers: the experts that each token selected, before any is dropped.
+            valid_mask: (...) bool: tokens that are not padding; default: all.
+        Raises:
+            ValueError: a shape other than these, or a layer that is not known.
+        """
+        self._check(layer, logits, selected, valid_mask)
+        if self._removed or (self._model is not None and not self._model.training):
+            return logits
+        valid = None if valid_mask is None else valid_mask.reshape(-1)
+        flat = logits.reshape(-1, self.num_experts)
+        out = inject(flat, selected.reshape(-1, self.top_k), valid, self._handle, str(layer), torch.is_grad_enabled())
+        return out.view(logits.shape)
+
+    def watch(self, model: nn.Module) -> None:
+        """Do nothing while this model is in eval mode, also where gradients are on."""
+        self._model = model
+
+    def begin_step(self, *, micro_batches: int | None = None, valid_tokens: int | None = None) -> None:
+        """Say that the next forward pass is the first of a step. All ranks call it, or none.
+
+        Without this call the next step begins after `micro_batches` forward passes. What an unfinished step has counted
+        is used as if it had ended there.
+
+        Args:
+            micro_batches: of the step, and of those after it.
+            valid_tokens: of this rank in the whole step. Modes sync, late and carry, which otherwise suppose that the
+                micro-batches to come are as large as those they know, then know N from the first on.
+        """
+        self._steps.end()
+        if micro_batches is not None:
+            self._setting.micro_batches = micro_batches
+        self._steps.announced = valid_tokens or 0
+
+    def finish(self) -> None:
+        """Wait for what is under way, and raise what it says; mode stale would do so in the next backward pass."""
+        self._mode.last_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs of this one. Call it between steps; waits for what is under way."""
+        self._steps.end()
+        return {"layers": list(self._layers.names), "mode": self._mode.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what state_dict() gave, on this rank or in a job of another size, whose ranks' totals are equal.
+
+        Raises:
+            ValueError: it is of other layers.
+        """
+        of_rank = state["all_ranks"][0] if "all_ranks" in state else state
+        names = list(of_rank["layers"])
+        if self._layers.complete and names and names != self._layers.names:
+            raise ValueError(
+                f"balance: the checkpoint is of the layers {names[:4]}, this model has {self._layers.names[:4]}; load "
+                "the checkpoint of this model"
+            )
+        if names and not self._layers.complete:
+            for name in names:
+                self._layers.number(name)
+            self._layers.complete = True
+        self._steps.forget()
+        self._mode.load_state_dict(of_rank["mode"])
+
+    def predicted_bytes(self) -> dict[str, int]:
+        """Payload bytes that this rank sends per step, by level; before the layers are known, none."""
+        levels: dict[str, int] = defaultdict(int)
+        if not len(self._layers):
+            return {}
+        for messages, near in zip(self._mode.messages_per_step(), (False, True), strict=True):
+            for level, count in (self._bus.sent_bytes(near=near) if messages else {}).items():
+                levels[level] += messages * count
+        return {level: count for level, count in levels.items() if count}
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step that is known without waiting: with mode stale, the one before the last.
+
+        See load_metrics() for the loads of the whole batch; unit_max_violation: of this rank's micro-batches, the mean.
+        self_weight: see KnownStep; effective_units: its inverse, how many micro-batches' diversity the loss sees, where
+        it is finite. lag: mean over layers of sum_i |f_i that was used - f_i that it turned out to be|. messages: sent
+        since the start.
+        """
+        numbers = {"messages": float(self._bus.messages)}
+        known = self._mode.known_step()
+        if known is not None:
+            numbers |= load_metrics(self._columns.loads(known.rows))
+            numbers["self_weight"] = known.self_weight
+            if known.self_weight:
+                numbers["effective_units"] = 1 / known.self_weight
+            if known.used is not None:
+                lag = (known.used - fractions_of(known.rows, self._columns)).abs().sum(-1)
+                numbers["lag"] = float(lag.mean())
+        units = [load_metrics(self._columns.loads(u.rows))["mean_max_violation"] for u in self._steps.filled]
+        if units:
+            numbers["unit_max_violation"] = sum(units) / len(units)
+        return numbers
+
+    def remove(self) -> None:
+        """Leave the logits as they are from now on."""
+        self._removed = True
+
+    # What the operator calls.
+
+    def count(self, layer: str, logits: Tensor, selected: Tensor, valid: Tensor | None, grad: bool) -> int:
+        """Count a forward pass: see inject.Recorder."""
+        if in_backward():
+            self._steps.forward_is_over()
+            row = self._columns.row(logits, selected, valid)
+            return recognise(self._steps.filled, self._layers.number(layer), row).number
+        if not grad and not will_be_recomputed():
+            return -1
+        return self._steps.put(self._layers.number(layer), self._columns.row(logits, selected, valid)).number
+
+    def pull(self, layer: str, unit: int, logits: Tensor, valid: Tensor | None) -> Tensor:
+        """The loss's gradient: see inject.Recorder."""
+        self._steps.forward_is_over()
+        here = self._steps.unit(unit)
+        target = self._mode.target(here)
+        number, settings = self._layers.number(layer), self.settings
+        kappa = self._convention.factor(self._setting.size, self._setting.micro_batches)
+        tokens = target.tokens[number]
+        pull = settings.coef * target.fractions[number]
+        if settings.micro_coef:
+            pull = pull + settings.micro_coef * fractions_of(here.row(number), self._columns)
+        pull = pull * (kappa * self.num_experts / tokens)
+        z_scale = kappa * settings.z_coef / tokens if settings.z_coef else None
+        return router_gradient(logits, pull, z_scale, valid, score=self._score)
+
+    def _check(self, layer: object, logits: Tensor, selected: Tensor, valid_mask: Tensor | None) -> None:
+        where = f"layer {layer}"
+        if logits.shape[-1] != self.num_experts or not logits.is_floating_point():
+            raise ValueError(
+                f"{where}: logits are {logits.dtype} of shape {tuple(logits.shape)}; allowed: floating, "
+                f"(..., num_experts = {self.num_experts})"
+            )
+        if selected.shape != (*logits.shape[:-1], self.top_k) or selected.is_floating_point():
+            raise ValueError(
+                f"{where}: selected is {selected.dtype} of shape {tuple(selected.shape)}; allowed: the integers that "
+                f"topk() gives, {(*logits.shape[:-1], self.top_k)}"
+            )
+        if valid_mask is not None and (valid_mask.shape != logits.shape[:-1] or valid_mask.dtype != torch.bool):
+            raise ValueError(
+                f"{where}: valid_mask is {valid_mask.dtype} of shape {tuple(valid_mask.shape)}; allowed: bool, "
+                f"{tuple(logits.shape[:-1])}, true where a token is not padding"
+            )

@@ -1,0 +1,163 @@
+"""The one message: what all ranks have counted in all layers, summed, with faults found on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from thinwire.comm.balance.columns import Columns
+from thinwire.comm.balance.count_sum import sent_bytes, sum_counts
+from thinwire.comm.balance.errors import NonFiniteLogitsError, RouterError
+from thinwire.comm.balance.layer_map import LayerMap
+from thinwire.comm.channel import Channel
+from thinwire.comm.queue import CommQueue, Pending
+
+_HASH_INTS = 4
+
+
+class Totals:
+    """The sum over ranks of what was counted.
+
+    rows: (layers, columns.width) int64. announced: valid tokens of the whole step, as the ranks announced them; 0 = no.
+    """
+
+    def __init__(self, rows: Tensor, announced: Tensor) -> None:
+        self.rows = rows
+        self.announced = announced
+
+    def __add__(self, other: Totals) -> Totals:
+        """Of two micro-batches; what was announced comes with the first."""
+        return Totals(self.rows + other.rows, self.announced + other.announced)
+
+
+class Sent:
+    """A message under way."""
+
+    def __init__(self, pending: Pending[Totals | Exception]) -> None:
+        self._pending = pending
+        self._totals: Totals | None = None
+
+    def wait(self) -> Totals:
+        """The totals.
+
+        Raises:
+            RouterError, NonFiniteLogitsError: a router of some rank is at fault; on every rank.
+            ValueError: the ranks have different layers; on every rank.
+            PeerLostError, PeerLateError, PeerFailedError: another rank is gone.
+        """
+        if self._totals is None:
+            result = self._pending.wait()
+            if isinstance(result, Exception):
+                raise result
+            self._totals = result
+        return self._totals
+
+
+class StatisticsBus:
+    """Sends rows of counts over a CommQueue, int32, and gives their sums.
+
+    Before the first message the ranks compare a hash of their layers; where they differ all are told what does.
+
+    Args:
+        inner: this rank's group of near ranks, ascending, for messages that go no farther; None = all.
+    """
+
+    def __init__(self, queue: CommQueue, layers: LayerMap, columns: Columns, inner: Sequence[int] | None) -> None:
+        self.queue = queue
+        self.layers = layers
+        self.columns = columns
+        self.inner = list(inner) if inner is not None else list(range(queue.size))
+        self.messages = 0
+        self._agreements: dict[bool, Pending[Exception | None]] = {}
+
+    def send(self, rows: Tensor, announced: int = 0, *, near: bool = False) -> Sent:
+        """Add these rows to those of the other ranks. Every rank calls it alike.
+
+        Args:
+            rows: (layers, columns.width) int32.
+            announced: valid tokens of this rank's whole step; 0 = not announced.
+            near: only within `inner`.
+        """
+        self.messages += 1
+        message = torch.cat((rows.flatten(), rows.new_tensor([announced])))
+        agreement = self._agreement(near)
+
+        def exchange(channel: Channel) -> Totals | Exception:
+            return agreement.wait() or self._sum(self._reach(channel, near), message)
+
+        return Sent(self.queue.submit("balance/counts", exchange))
+
+    def sent_bytes(self, *, near: bool = False) -> dict[str, int]:
+        """Payload bytes of one message, by level."""
+        ranks = self.inner if near else list(range(self.queue.size))
+        numel = len(self.layers) * self.columns.width + 1
+        levels: dict[str, int] = defaultdict(int)
+        for place, count in sent_bytes(numel, ranks.index(self.queue.rank), len(ranks)).items():
+            levels[self.queue.meter.level_of(self.queue.peers[ranks[place]])] += count
+        return dict(levels)
+
+    def _reach(self, channel: Channel, near: bool) -> Channel:
+        return channel.among(self.inner) if near else channel
+
+    def _agreement(self, near: bool) -> Pending[Exception | None]:
+        """Submitted before the first message to these ranks, so that it has ended when a message begins."""
+        if near not in self._agreements:
+            self._agreements[near] = self.queue.submit(
+                "control/balance_layers", lambda channel: self._compare_layers(self._reach(channel, near))
+            )
+        return self._agreements[near]
+
+    def _sum(self, channel: Channel, message: Tensor) -> Totals | Exception:
+        total = sum_counts(channel, message)
+        rows = total[:-1].view(len(self.layers), self.columns.width)
+        faults = rows[:, self.columns.faults].cpu()
+        if not faults.any():
+            return Totals(rows, total[-1])
+        own = message[:-1].view(rows.shape)[:, self.columns.faults].cpu().contiguous()
+        by_rank = channel.all_gather_same(own.to(message.device)).cpu()  # (ranks, layers, 2)
+        return self._describe_faults(by_rank, channel)
+
+    def _describe_faults(self, by_rank: Tensor, channel: Channel) -> Exception:
+        ranks = self.inner if channel.size < self.queue.size else range(self.queue.size)
+        kind = 0 if by_rank[:, :, 0].any() else 1
+        bad = by_rank[:, :, kind] > 0
+        who = [self.queue.peers[ranks[r]] for r in bad.any(1).nonzero().flatten().tolist()]
+        which = [self.layers.names[number] for number in bad.any(0).nonzero().flatten().tolist()]
+        return NonFiniteLogitsError(who, which) if kind else RouterError(who, which, self.columns.num_experts)
+
+    def _compare_layers(self, channel: Channel) -> Exception | None:
+        """Do all ranks count the same layers? Where not, their names are sent too, to say what differs."""
+        text = "\n".join([str(self.columns), *self.layers.names]).encode()
+        digest = torch.frombuffer(bytearray(hashlib.sha256(text).digest()), dtype=torch.int32)[:_HASH_INTS]
+        mine = torch.cat((digest, torch.tensor([len(text)], dtype=torch.int32)))
+        device = "cuda" if channel_needs_gpu(self.queue) else "cpu"
+        told = channel.all_gather_same(mine.to(device)).cpu()
+        if bool((told == told[0]).all()):
+            return None
+        padded = torch.zeros(int(told[:, -1].max()), dtype=torch.uint8)
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        texts = channel.all_gather_same(padded.to(device)).cpu()
+        ranks = self.inner if channel.size < self.queue.size else range(self.queue.size)
+        lists = [bytes(t[: int(n)].tolist()).decode().split("\n") for t, n in zip(texts, told[:, -1], strict=True)]
+        return ValueError(_difference(lists, [self.queue.peers[r] for r in ranks]))
+
+
+def channel_needs_gpu(queue: CommQueue) -> bool:
+    """NCCL moves device tensors only."""
+    return queue.group.name() == "nccl"
+
+
+def _difference(lists: Sequence[Sequence[str]], ranks: Sequence[int]) -> str:
+    """What the first rank that differs from the first one has in another place."""
+    other = next(number for number, names in enumerate(lists) if names != lists[0])
+    pairs = [(list(names) + ["nothing"] * max(map(len, lists)))[: max(map(len, lists))] for names in lists]
+    place = next(i for i, (a, b) in enumerate(zip(pairs[0], pairs[other], strict=True)) if a != b)
+    return (
+        f"layers: ranks {ranks[0]} and {ranks[other]} do not balance the same ones: number {place} is "
+        f"{pairs[0][place]!r} on rank {ranks[0]} and {pairs[other][place]!r} on rank {ranks[other]}; give the group of "
+        "ranks that hold the same layers (with pipeline stages: those of one stage), and the same num_experts"
+    )

@@ -1,0 +1,58 @@
+"""What is counted of one layer in one micro-batch: a row of integers, all of which may be added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The order of the integers in a row: selections of each expert, tokens, and two numbers of faults.
+
+    Faults travel with the counts, so that a bad router on one rank becomes an error on every rank.
+
+    Attributes: bad_ids, selections outside 0 .. num_experts - 1; bad_logits, tokens with a NaN or infinite logit.
+    """
+
+    num_experts: int
+
+    @property
+    def width(self) -> int:
+        """Integers in a row."""
+        return self.num_experts + 3
+
+    @property
+    def tokens(self) -> int:
+        """The column of valid tokens."""
+        return self.num_experts
+
+    @property
+    def faults(self) -> slice:
+        """The columns of bad_ids and bad_logits."""
+        return slice(self.num_experts + 1, self.num_experts + 3)
+
+    def loads(self, rows: Tensor) -> Tensor:
+        """The counts of the experts: (..., num_experts)."""
+        return rows[..., : self.num_experts]
+
+    def row(self, logits: Tensor, selected: Tensor, valid: Tensor | None) -> Tensor:
+        """Count: (width,) int32, on the device of the logits, without waiting for it.
+
+        Args:
+            logits: (tokens, num_experts), floating.
+            selected: (tokens, top_k) integers.
+            valid: (tokens,) bool, or None where all are.
+        """
+        experts = self.num_experts
+        keep = torch.ones_like(selected[:, :1], dtype=torch.bool) if valid is None else valid[:, None]
+        inside = (selected >= 0) & (selected < experts)
+        places = torch.where(inside & keep, selected, experts).flatten().long()
+        row = torch.zeros(self.width, dtype=torch.int32, device=logits.device)
+        row.scatter_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+        row[experts] = keep.sum() if valid is not None else len(logits)
+        row[experts + 1] = (~inside & keep).sum()
+        row[experts + 2] = (~logits.isfinite().all(-1, keepdim=True) & keep).sum()
+        return row

@@ -1,0 +1,1 @@
+"""The modes of the balancing loss, one per file."""
