@@ -11,12 +11,15 @@ from pydantic import Field
 from thinwire.dist.base_model import read_weights
 from thinwire.dist.models.gpt import GPT, GPTSettings
 from thinwire.dist.models.hf import HFSettings
+from thinwire.dist.models.moe import MoEGPT, MoESettings
 
-ModelSettings: TypeAlias = Annotated[GPTSettings | HFSettings, Field(discriminator="kind")]
+ModelSettings: TypeAlias = Annotated[GPTSettings | MoESettings | HFSettings, Field(discriminator="kind")]
 
 
 def build_model(settings: GPTSettings, *, tokenizer_vocab: int, seed: int, device: torch.device) -> GPT:
-    """A GPT with fp32 weights from its file, or drawn from the seed: the same on every rank and every device.
+    """A GPT, with experts where it is settings' kind, and fp32 weights from its file, or drawn from the seed.
+
+    They are the same on every rank and every device.
 
     Args:
         tokenizer_vocab: number of token ids that the tokenizer can give.
@@ -30,7 +33,7 @@ def build_model(settings: GPTSettings, *, tokenizer_vocab: int, seed: int, devic
         )
     vocab = tokenizer_vocab if settings.vocab == "auto" else settings.vocab
     with torch.device("meta"):
-        model = GPT(settings, vocab)
+        model = MoEGPT(settings, vocab) if isinstance(settings, MoESettings) else GPT(settings, vocab)
     if device.type == "meta":
         return model
     model.to_empty(device="cpu")
@@ -58,4 +61,4 @@ def _load_weights(model: GPT, path: Path) -> None:
     model.load_state_dict(stored)
 
 
-__all__ = ["GPT", "ModelSettings", "build_model"]
+__all__ = ["GPT", "MoEGPT", "ModelSettings", "build_model"]

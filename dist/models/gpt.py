@@ -91,7 +91,7 @@ class GPT(nn.Module):
                 if parameter.dim() < 2:
                     parameter.fill_(1.0)
                     continue
-                std = 0.02 * narrow if name.endswith("output.weight") else 0.02
+                std = 0.02 * narrow if name.removesuffix(".weight").endswith("output") else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
 
@@ -129,12 +129,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """gelu: output(gelu(input(x))); swiglu (Shazeer 2020, 2002.05202): output(silu(a) * b), [a, b] = input(x)."""
+    """gelu: output(gelu(input(x))); swiglu (Shazeer 2020, 2002.05202): output(silu(a) * b), [a, b] = input(x).
 
-    def __init__(self, settings: GPTSettings) -> None:
+    Args:
+        hidden: numbers between the two matrices; default: see GPTSettings.
+    """
+
+    def __init__(self, settings: GPTSettings, hidden: int | None = None) -> None:
         super().__init__()
         self.gated = settings.mlp == "swiglu"
-        hidden = -(-8 * settings.width // 96) * 32 if self.gated else 4 * settings.width
+        if hidden is None:
+            hidden = -(-8 * settings.width // 96) * 32 if self.gated else 4 * settings.width
         self.input = nn.Linear(settings.width, hidden * (2 if self.gated else 1), bias=False)
         self.output = nn.Linear(hidden, settings.width, bias=False)
 
