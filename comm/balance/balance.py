@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from thinwire.comm.balance.bus import StatisticsBus
 from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
+from thinwire.comm.balance.describe import describe
 from thinwire.comm.balance.inject import inject, register
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.load_metrics import load_metrics
@@ -202,6 +203,19 @@ class LoadBalance:
             for level, count in (self._bus.sent_bytes(near=near) if messages else {}).items():
                 levels[level] += messages * count
         return {level: count for level, count in levels.items() if count}
+
+    def describe(self) -> str:
+        """A line for the start of a run: what is counted over whom, what that sends, and how much of it leaks."""
+        setting = self._setting
+        return describe(
+            self.settings,
+            layers=len(self._layers),
+            num_experts=self.num_experts,
+            ranks=len(self._bus.inner) if setting.near else setting.size,
+            micro_batches=setting.micro_batches,
+            messages=sum(self._mode.messages_per_step()),
+            sent_bytes=self.predicted_bytes(),
+        )
 
     def metrics(self) -> dict[str, float]:
         """Of the last step that is known without waiting: with mode stale, the one before the last.
