@@ -23,29 +23,40 @@ from thinwire.dist.tokenizer import Tokenizer, Tokens, load_tokenizer
 class DataSettings(Settings):
     """What to train on.
 
-    corpus: "stdlib", the running Python's standard library; "files"; or "labelled", one text and its label per line.
+    corpus: "stdlib", the running Python's standard library; "domains", text of several domains that this machine has
+      anyway (domains.py); "files"; or "labelled", one text and its label per line.
     files: paths or globs of the files; labelled: .jsonl ({"text": ..., "label": ...}) or .tsv (label, tab, text).
     template, labels: for corpus: labelled, what stands around each {text}, with {label} where its class's word belongs,
       and the word of each label.
+    samples_per_domain: for corpus: domains, so many samples in a row are of one domain. train.micro_batch makes each
+      micro-batch one of a single domain; 1 mixes them.
     tokenizer: "bytes", or the path of a Hugging Face tokenizer.json; a pretrained model has its own.
     validation_fraction: share of the files, or of labelled texts, that is kept for validation.
     cache: folder for the tokens of a tokenizer file, which take long to make; bytes need none.
     """
 
-    corpus: Literal["stdlib", "files", "labelled"] = "stdlib"
+    corpus: Literal["stdlib", "domains", "files", "labelled"] = "stdlib"
     files: tuple[str, ...] = ()
     template: str = ""
     labels: dict[str, str] = Field(default_factory=dict)
+    samples_per_domain: int = Field(1, gt=0)
     tokenizer: str = "bytes"
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     cache: str = "~/.cache/thinwire/tokens"
 
     @model_validator(mode="after")
     def _files_with_corpus(self) -> DataSettings:
-        if self.corpus != "stdlib" and not self.files:
+        if self.corpus in ("files", "labelled") and not self.files:
             raise ValueError(f"corpus: {self.corpus} needs data.files: a list of paths or globs")
-        if self.corpus == "stdlib" and self.files:
-            raise ValueError("data.files is given but corpus is stdlib; set data.corpus=files, or remove the files")
+        if self.corpus in ("stdlib", "domains") and self.files:
+            raise ValueError(
+                f"data.files is given but corpus is {self.corpus}; set data.corpus=files, or remove the files"
+            )
+        if self.corpus != "domains" and self.samples_per_domain != 1:
+            raise ValueError(
+                f"data.samples_per_domain is {self.samples_per_domain} but corpus is {self.corpus}; set "
+                "data.corpus=domains, or remove it"
+            )
         if self.corpus == "labelled":
             if not self.template or len(self.labels) < 2:
                 raise ValueError(
@@ -115,10 +126,10 @@ class Data:
         paths = corpus.standard_library() if settings.corpus == "stdlib" else corpus.matching_files(settings.files)
         split = corpus.split(paths, settings.validation_fraction)
         cache = Path(settings.cache).expanduser()
-        training = _tokens(split.training, self.tokenizer, cache)
-        validation = _tokens(split.validation, self.tokenizer, cache)
+        training = tokens_of(split.training, self.tokenizer, cache)
+        validation = tokens_of(split.validation, self.tokenizer, cache)
         self.fingerprint = {
-            f"{what} text": f"{len(side)} files, {sum(map(len, side))} bytes, SHA-256 {_digest(side)}"
+            f"{what} text": f"{len(side)} files, {sum(map(len, side))} bytes, SHA-256 {digest(side)}"
             for what, side in (("training", split.training), ("validation", split.validation))
         }
         self.training = Windows(training, context, "training")
@@ -144,11 +155,11 @@ def shard(step: int, global_batch: int, rank: int, world_size: int) -> range:
     return range(first, first + share)
 
 
-def _tokens(files: list[bytes], tokenizer: Tokenizer, cache: Path) -> Tokens:
+def tokens_of(files: list[bytes], tokenizer: Tokenizer, cache: Path) -> Tokens:
     """Tokens of the files; those of a tokenizer file are kept on disk under the hash of all that they depend on."""
     if tokenizer.identity == "bytes":
         return tokenizer.encode(files)
-    path = cache / f"{hashlib.sha256((tokenizer.identity + _digest(files)).encode()).hexdigest()[:32]}.npz"
+    path = cache / f"{hashlib.sha256((tokenizer.identity + digest(files)).encode()).hexdigest()[:32]}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as stored:
             return Tokens(stored["ids"], stored["byte_counts"])
@@ -164,7 +175,8 @@ def _arrays(tokens: Tokens) -> dict[str, Any]:
     return {"ids": tokens.ids, "byte_counts": tokens.byte_counts}
 
 
-def _digest(files: list[bytes]) -> str:
+def digest(files: list[bytes]) -> str:
+    """SHA-256 of the files and of where each ends."""
     whole = hashlib.sha256()
     for file in files:
         whole.update(len(file).to_bytes(8, "little"))

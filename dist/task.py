@@ -13,6 +13,7 @@ from torch import nn
 
 from thinwire.dist import corpus
 from thinwire.dist.data import Batch, Data
+from thinwire.dist.domain_data import DomainData
 from thinwire.dist.evaluate import ValidationData, evaluate
 from thinwire.dist.labelled import LabelledData
 from thinwire.dist.models import build_model
@@ -93,7 +94,8 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
                 f"data.corpus: labelled needs a pretrained model with its tokenizer; model.kind is "
                 f"{config.model.kind}, give model={{kind: hf, path: FOLDER}}"
             )
-        windows = Data(config.data, context=config.model.context, seed=config.seed)
+        reader = DomainData if config.data.corpus == "domains" else Data
+        windows = reader(config.data, context=config.model.context, seed=config.seed)
         model = build_model(config.model, tokenizer_vocab=windows.tokenizer.vocab, seed=config.seed, device=device)
         task = Task(model, model, windows)
     _choose_parameters(task.network, config.train.parameters)
