@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from thinwire.comm.settings import Settings
+from thinwire.dist.balance_run import BalanceRunSettings, check_balance
 from thinwire.dist.checkpoint import CheckpointSettings
 from thinwire.dist.config_errors import ConfigError, explain
 from thinwire.dist.data import DataSettings
@@ -32,6 +33,7 @@ class RunConfig(Settings):
 
     name: of the run, by default that of its file; its folder is output.folder/name.
     seed: of the initial weights and of the order of the samples.
+    balance: the load-balancing loss of a model with routers; null = none.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -42,6 +44,7 @@ class RunConfig(Settings):
     schedule: ScheduleSettings = ScheduleSettings()
     train: TrainSettings
     method: MethodSettings
+    balance: BalanceRunSettings | None = None
     engine: EngineSettings = DDPSettings()
     world: WorldSettings = WorldSettings()
     mesh: MeshSettings = MeshSettings()
@@ -96,9 +99,16 @@ class RunConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _balance_has_something_to_do(self) -> RunConfig:
+        check_balance(self)
+        return self
+
     def resolved(self) -> dict[str, Any]:
         """All settings that this run uses, as JSON values."""
         settings = self.model_dump(mode="json")
+        if self.balance is None:  # a run without it is what it was before there was one
+            del settings["balance"]
         for path in unused_by(self.method):
             *parents, leaf = path.split(".")
             node = settings

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from thinwire.comm.method import agreed_weights
+from thinwire.comm.method import Method, agreed_weights
 from thinwire.dist.checkpoint import Checkpointer, CheckpointSettings, Loaded
-from thinwire.dist.engine.engine import Engine
+from thinwire.dist.engine.engine import Engine, merge_method_states
 from thinwire.dist.run_folder import CHECKPOINTS, check_same_run
 from thinwire.dist.world import World
 
@@ -25,6 +25,7 @@ class RunState:
     Args:
         folder: of the run.
         facts: numeric settings and data, which a checkpoint that is continued must share.
+        balance: of a run that has one; in a checkpoint that knows nothing of it, it begins anew.
     Attributes: step, the finished steps; resumed, what the run continues from, or "".
     Raises:
         CheckpointError, ConfigError: what the folder holds, or checkpoint.resume names, cannot be continued.
@@ -38,8 +39,10 @@ class RunState:
         folder: Path,
         settings: CheckpointSettings,
         facts: Mapping[str, Any],
+        balance: Method | None = None,
     ) -> None:
         self._engine = engine
+        self._balance = balance
         self._device = world.device
         self._facts = {"settings": dict(facts)}
         self.step = 0
@@ -59,6 +62,8 @@ class RunState:
     def save(self) -> None:
         """Write a checkpoint of the finished steps."""
         per_rank = {**self._engine.own_state(), "random": self._random_state()}
+        if self._balance is not None:
+            per_rank["balance"] = self._balance.state_dict()
         with agreed_weights(self._engine.method):
             self._checkpoints.save(self.step, self._engine.shared_state(), per_rank, self._facts)
 
@@ -82,6 +87,8 @@ class RunState:
     def _restore(self, loaded: Loaded) -> None:
         old = loaded.per_rank_of_all
         self._engine.load_state(loaded.shared, loaded.per_rank, old)
+        if self._balance is not None and "balance" in (loaded.per_rank or old[0]):
+            self._balance.load_state_dict(merge_method_states(loaded.per_rank, old, "balance"))
         own = loaded.per_rank or old.get(self._rank)
         if own is not None:  # a rank that is new keeps the generators that it was started with
             torch.set_rng_state(own["random"]["cpu"])

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
+from torch import Tensor
 
 from thinwire.comm.errors import NonFiniteGradientError
 from thinwire.comm.method import DescribedMethod, LocalMethod, agreed_weights
 from thinwire.comm.settings import Settings
+from thinwire.dist.balance_run import RunBalance
 from thinwire.dist.data import shard
 from thinwire.dist.engine.build import build_engine
 from thinwire.dist.metrics import Record, Sink, StepTraffic
@@ -110,10 +113,13 @@ class Trainer:
         resolved = config.resolved()
         compare_with_others(task, resolved, world)
         self.parameters = sum(p.numel() for p in model.parameters())
+        # First: an engine may compile the routers, or cut them into shards.
+        self.balance = RunBalance(config, model, world, micro_batches=self.micro_batches) if config.balance else None
         self.engine = build_engine(config, model, world, micro_batches=self.micro_batches)
         self.method = self.engine.method
         facts = numeric_settings(resolved) | self.data.fingerprint
-        self.state = RunState(self.engine, world, config.folder, config.checkpoint, facts)
+        balance = self.balance.handle if self.balance else None
+        self.state = RunState(self.engine, world, config.folder, config.checkpoint, facts, balance)
         self._reports = StepReports(world.queue)
         self._traffic = StepTraffic(world.queue.meter, world.interface.name)
         self._stopping_ranks: tuple[int, ...] = ()
@@ -135,6 +141,7 @@ class Trainer:
                 f"{self.micro_batches} x {self.micro_batch} on each rank",
                 f"method {method.kind}: each step, this rank sends {sends}",
                 *([self.method.describe()] if isinstance(self.method, DescribedMethod) else []),
+                *([f"balance: {self.balance.describe()}"] if self.balance else []),
                 *([self.state.resumed] if self.state.resumed else []),
                 *(["nothing is left to do"] if self.state.step >= train.steps else []),
             )
@@ -175,13 +182,15 @@ class Trainer:
         self._publish()
         if saved != state.step:
             state.save()
+        if self.balance:
+            self.balance.close()
         self.engine.close()
         return Outcome(state.step, self._stopping_ranks if state.step < steps else (), self._last)
 
     def _train_step(self) -> Record:
         """One optimizer step; returns its record, but for what only all ranks together know."""
         settings, engine = self.config.train, self.engine
-        began, exposed_before = time.monotonic(), engine.exposed_s
+        began, exposed_before = time.monotonic(), self._exposed_s()
         lr = learning_rate(self.config.optimizer.lr, self.config.schedule, self.state.step, settings.steps)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -197,7 +206,7 @@ class Trainer:
         if isinstance(self.method, LocalMethod) and not math.isfinite(norm):
             loss = math.nan  # this rank alone knows; all will, from the step's reports
         step_s = time.monotonic() - began
-        exposed_s = engine.exposed_s - exposed_before
+        exposed_s = self._exposed_s() - exposed_before
         traffic = self._traffic.since_last()
         self._reports.send(loss, bool(self.stop.reason))
         plain_bytes = 2 * 4 * self.parameters * (self.world.size - 1) / self.world.size
@@ -211,11 +220,19 @@ class Trainer:
             **traffic,
             "compression_ratio": plain_bytes / traffic["sent_bytes"] if traffic["sent_bytes"] else 1.0,
             "method": self.method.metrics(),
+            **({"balance": self.balance.handle.metrics()} if self.balance else {}),
         }
+
+    def _exposed_s(self) -> float:
+        """Seconds since the start for which this rank waited for others."""
+        return self.engine.exposed_s + (self.balance.exposed_s if self.balance else 0.0)
 
     def _forward_backward(self) -> float:
         """Add up the gradient of the global batch's mean loss; return this rank's own mean loss."""
         samples = shard(self.state.step, self.config.train.global_batch, self.world.rank, self.world.size)
+        if self.balance:
+            self.balance.begin_step()
+        held: list[Tensor] = []  # losses whose backward pass waits for all forward passes
         total = 0.0
         for i in range(self.micro_batches):
             part = samples[i * self.micro_batch : (i + 1) * self.micro_batch]
@@ -225,8 +242,13 @@ class Trainer:
                 with computing(self.config.train.precision, self.world.device):
                     scores = self.engine.forward(batch.inputs)
                     loss = F.cross_entropy(scores.flatten(0, -2), batch.targets.flatten()) / self.micro_batches
-                self.engine.backward(loss)
+                if self.balance and self.balance.forwards_first:
+                    held.append(loss)
+                else:
+                    self.engine.backward(loss)
             total += float(loss.detach())
+        if held:
+            self.engine.backward(torch.stack(held).sum())
         return total
 
     def _publish(self) -> None:

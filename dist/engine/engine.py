@@ -88,11 +88,15 @@ class Engine(Protocol):
         ...
 
 
-def merge_method_states(own: Mapping[str, Any] | None, old: Mapping[int, Any]) -> Mapping[str, Any]:
-    """What a Method's load_state_dict() takes: this rank's state, or those of all ranks that there were."""
-    state: Mapping[str, Any] = (
-        own["method"] if own is not None else {"all_ranks": [old[rank]["method"] for rank in sorted(old)]}
-    )
+def merge_method_states(
+    own: Mapping[str, Any] | None, old: Mapping[int, Any], key: str = "method"
+) -> Mapping[str, Any]:
+    """What a Method's load_state_dict() takes: this rank's state, or those of all ranks that there were.
+
+    Args:
+        key: under which it stands there.
+    """
+    state: Mapping[str, Any] = own[key] if own is not None else {"all_ranks": [old[rank][key] for rank in sorted(old)]}
     return state
 
 
