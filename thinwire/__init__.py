@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from thinwire.comm.balance.balance import LoadBalance as LoadBalance
     from thinwire.comm.balance.errors import NonFiniteLogitsError as NonFiniteLogitsError
     from thinwire.comm.balance.errors import RouterError as RouterError
+    from thinwire.comm.balance.hugging_face import balance_hf as balance_hf
     from thinwire.comm.compress.auto import Auto as Auto
     from thinwire.comm.compress.compressors.block_quantized import Int4 as Int4
     from thinwire.comm.compress.compressors.block_quantized import Int8 as Int8
@@ -104,6 +105,7 @@ _PUBLIC = {
     "TopK": "thinwire.comm.compress.compressors.top_k",
     "WeightRangeError": "thinwire.comm.onebyte.errors",
     "allreduce": "thinwire.comm.allreduce",
+    "balance_hf": "thinwire.comm.balance.hugging_face",
     "compress": "thinwire.comm.compress.door",
     "deepspeed_comm": "thinwire.comm.partition.deepspeed_comm",
     "elastic": "thinwire.comm.onebyte.membership.door",

@@ -44,7 +44,8 @@ class Prefix:
     def filled(self, unit: Unit) -> None:
         """One message."""
         assert unit.place == len(self._sent)
-        self._sent.append(self._setting.bus.send(unit.rows, unit.announced, near=self._setting.near))
+        near, place = self._setting.near, unit.place
+        self._sent.append(self._setting.bus.send(unit.rows, unit.announced, near=near, place=place))
 
     def end_step(self) -> None:
         """All is sent."""
