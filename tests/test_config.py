@@ -74,7 +74,7 @@ def test_floats_are_read_as_people_write_them(tmp_path: Path, text: str) -> None
             ["method", "dgc", "give topk, threshold or randk"],
         ),
         ("model={kind: gpt}", ["model.layers", "missing", "whole number"]),
-        ("model=gpt", ["model", "'gpt'", "kind: gpt or hf"]),
+        ("model=gpt", ["model", "'gpt'", "kind: gpt or moe or hf"]),
         ("model.heads=3", ["model", "32", "multiple of 2 x heads"]),
         ("data.files=[]", ["data", "files"]),
         ("data.corpus=stdlib", ["data", "files", "stdlib"]),

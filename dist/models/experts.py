@@ -39,8 +39,9 @@ class Experts(nn.Module):
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.searchsorted(chosen[order], torch.arange(self.experts, device=order.device), right=True)
         rows = _take(x, order // top_k, places, top_k)
-        out = _take(self.compute(rows, ends.int()), places, order, 1).view(tokens, top_k, -1)
-        return (out * routing.weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        taken = _take(self.compute(rows, ends.int()), places, order, 1).unflatten(0, (tokens, top_k))
+        out: Tensor = (taken * routing.weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        return out
 
     def compute(self, rows: Tensor, ends: Tensor) -> Tensor:
         """Each expert on its rows: see grouped_product()."""
@@ -67,7 +68,8 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (back,) = ctx.saved_tensors
-        return gradient[back].view(-1, ctx.copies, gradient.shape[-1]).sum(1), None, None, None
+        rows = gradient[back].unflatten(0, (len(back) // ctx.copies, ctx.copies))
+        return rows.sum(1), None, None, None
 
 
 def _take(rows: Tensor, numbers: Tensor, back: Tensor, copies: int) -> Tensor:
