@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import get_args
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch_threads import TorchRank, run_torch_ranks
 
 from thinwire.comm.balance.balance import LoadBalance
+from thinwire.comm.balance.convention import Combine
 from thinwire.comm.balance.functional import balance_loss, z_loss
 
 ALLOWED = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -43,41 +45,41 @@ def cells(ranks: int, way: Way) -> list[tuple[torch.dtype, Layout, int, Checkpoi
     return every + [(torch.float32, *plan, KINDS[(turn + i) % 3]) for i, plan in enumerate(PLANS)]
 
 
+@functools.cache
+def plans(ranks: int) -> dict[tuple[torch.dtype, Layout, int], tuple[list[list[Batch]], Reference]]:
+    """Every rank's micro-batches, and what they should give."""
+    made = {(t, *p): make_batches(p[0], ranks, p[1], t) for t in ALLOWED for p in PLANS}
+    return {plan: (batches, big_batch(batches)) for plan, batches in made.items()}
+
+
 @pytest.mark.parametrize(("ranks", "way"), list(itertools.product(RANKS, WAYS)))
 def test_the_gradient_is_that_of_one_big_batch(ranks: int, way: Way) -> None:
     """Of all parameters, on every rank; and one message per micro-batch, none of them in a recomputation."""
-    batches = {(t, *p): make_batches(p[0], ranks, p[1], t) for t in ALLOWED for p in PLANS}
-    references = {plan: big_batch(b) for plan, b in batches.items()}
+    todo, known = cells(ranks, way), plans(ranks)
 
-    def work(rank: TorchRank) -> dict[tuple[torch.dtype, Layout, int, Checkpoint], tuple[float, int]]:
-        found: dict[tuple[torch.dtype, Layout, int, Checkpoint], tuple[float, int]] = {}
+    def work(rank: TorchRank) -> list[tuple[float, float]]:
         queue = rank.queue()
+        convention: Combine = "sum" if way == "sum" else "mean"
+        balance = LoadBalance(
+            num_experts=EXPERTS, top_k=TOP_K, coef=COEF, z_coef=Z_COEF, mode="late", ranks=convention, queue=queue
+        )
         trainers = {dtype: Trainer(way, dtype) for dtype in ALLOWED}
-        for dtype, layout, micro_batches, kind in cells(ranks, way):
-            trainer, reference = trainers[dtype], references[dtype, layout, micro_batches]
-            balance = LoadBalance(
-                num_experts=EXPERTS,
-                top_k=TOP_K,
-                coef=COEF,
-                z_coef=Z_COEF,
-                mode="late",
-                micro_batches=micro_batches,
-                ranks="sum" if way == "sum" else "mean",
-                queue=queue,
-            )
+        found, messages = [], 0.0
+        for dtype, layout, micro_batches, kind in todo:
+            batches, reference = known[dtype, layout, micro_batches]
+            trainer = trainers[dtype]
             trainer.net.balance_with(balance)
-            batch = batches[dtype, layout, micro_batches][rank.rank]
-            gradients = trainer.gradients(kind, batch, reference.tokens)
-            messages = int(balance.metrics()["messages"])
-            found[dtype, layout, micro_batches, kind] = distance(gradients, reference), messages
+            balance.begin_step(micro_batches=micro_batches)
+            error = distance(trainer.gradients(kind, batches[rank.rank], reference.tokens), reference)
+            found.append((error, balance.metrics()["messages"] - messages))
+            messages = balance.metrics()["messages"]
         queue.close()
         return found
 
     for of_rank in run_torch_ranks([ranks], work):
-        assert len(of_rank) == len(PLANS) * 4
-        for (dtype, _, micro_batches, _), (error, messages) in of_rank.items():
-            assert error <= ALLOWED[dtype], of_rank
-            assert messages == micro_batches
+        for cell, (error, messages) in zip(todo, of_rank, strict=True):
+            assert error <= ALLOWED[cell[0]], cell
+            assert messages == cell[2], cell
 
 
 def of_mean(mine: int, reference: Reference, ranks: int, units: int) -> float:
