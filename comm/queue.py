@@ -27,6 +27,7 @@ from thinwire.comm.channel import Channel
 from thinwire.comm.errors import PeerFailedError, PeerLateError, PeerLostError
 from thinwire.comm.liveness import PeerMonitor, own_address
 from thinwire.comm.meter import TrafficMeter
+from thinwire.comm.rank_names import name_ranks
 from thinwire.comm.verdict import Progress, Survey, Verdict, draw_verdict
 
 T = TypeVar("T")
@@ -296,27 +297,35 @@ def open_queue(group: ProcessGroup | None = None, *, timeout_s: float = 60.0) ->
         group: default: all ranks.
         timeout_s: deadline of each operation, in seconds.
     Raises:
-        ValueError: torch.distributed is not initialised, or timeout_s is not positive.
+        ValueError: torch.distributed is not initialised, this rank is not in the group, or timeout_s is not positive.
     """
     if not dist.is_initialized():
         raise ValueError(
             "torch.distributed is not initialised: call thinwire.init() or init_process_group() before this"
         )
+    if group is not None and not isinstance(group, ProcessGroup):  # what new_group() gives those outside
+        raise ValueError(
+            f"group: {group!r}, which is no process group that rank {dist.get_rank()} is in; give each rank the group "
+            "that it is a member of (of a DeviceMesh: mesh.get_group(name)), and call this on no other rank"
+        )
     members = dist.get_process_group_ranks(group or dist.group.WORLD)
+    if dist.get_rank() not in members:
+        raise ValueError(
+            f"group: {name_ranks(members)} are in it, rank {dist.get_rank()} is not; give each rank the group that it "
+            "is a member of, and call this on no other rank"
+        )
     rank = members.index(dist.get_rank())
-    name = f"queue{next(_names)}"
     private = dist.new_group(members, timeout=timedelta(seconds=2 * timeout_s), use_local_synchronization=True)
     assert isinstance(private, ProcessGroup)
-    store = dist.PrefixStore(f"thinwire/{name}/{members[0]}", private.get_group_store())
+    # Not a count of this process's queues: other ranks may be in more groups, or in fewer.
+    name = f"queue-{private.group_name}"
+    store = dist.PrefixStore(f"thinwire/{name}", private.get_group_store())
     monitor = PeerMonitor.meet(store, rank, len(members), own_address(store), timeout_s)
     levels = ["world"] * dist.get_world_size()
     levels[dist.get_rank()] = "self"
     return CommQueue(
         private, meter=TrafficMeter(levels), monitor=monitor, timeout_s=timeout_s, peers=members, name=name
     )
-
-
-_names = itertools.count()
 
 
 def _serve(
