@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from thinwire.comm.balance.arguments import check_router, check_step, near_ranks
 from thinwire.comm.balance.bus import StatisticsBus
 from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
@@ -108,6 +109,8 @@ class LoadBalance:
         self.settings = BalanceSettings(
             coef=coef, scope=scope, mode=mode, decay=decay, micro_coef=micro_coef, z_coef=z_coef
         )
+        check_router(num_experts, top_k, score)
+        check_step(micro_batches)
         self.num_experts = num_experts
         self.top_k = top_k
         self._score: Score = score
@@ -115,8 +118,11 @@ class LoadBalance:
         self._queue = queue or open_queue(group, timeout_s=timeout_s)
         self._layers = LayerMap(layers)
         self._columns = Columns(num_experts)
-        near = next((g for g in inner or () if self._queue.rank in g), None)
-        self._bus = StatisticsBus(self._queue, self._layers, self._columns, near)
+        what_for = "scope: node" if scope == "node" else "mode: hier" if mode == "hier" else None
+        near = near_ranks(inner, self._queue.rank, self._queue.size, what_for)
+        told = {"top_k": top_k, "score": score, "ranks": ranks, "accumulation": accumulation, "inner": inner}
+        same = [f"{name} = {value}" for name, value in (self.settings.model_dump() | told).items()]
+        self._bus = StatisticsBus(self._queue, self._layers, self._columns, near, same)
         self._setting = Setting(self._bus, self._columns, self._queue.size, micro_batches, near=scope == "node")
         self._mode = build_mode(self.settings, self._setting)
         self._steps = StepUnits(self._layers, self._mode, self._setting)
@@ -160,6 +166,7 @@ class LoadBalance:
             valid_tokens: of this rank in the whole step. Modes sync, late and carry, which otherwise suppose that the
                 micro-batches to come are as large as those they know, then know N from the first on.
         """
+        check_step(micro_batches, valid_tokens)
         self._steps.end()
         if micro_batches is not None:
             self._setting.micro_batches = micro_batches
@@ -273,6 +280,10 @@ class LoadBalance:
 
     def _check(self, layer: object, logits: Tensor, selected: Tensor, valid_mask: Tensor | None) -> None:
         where = f"layer {layer}"
+        if not isinstance(layer, str | int):
+            raise ValueError(
+                f"layer: {layer!r} of type {type(layer).__name__}; allowed: the layer's own name or number"
+            )
         if logits.shape[-1] != self.num_experts or not logits.is_floating_point():
             raise ValueError(
                 f"{where}: logits are {logits.dtype} of shape {tuple(logits.shape)}; allowed: floating, "
