@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from thinwire.comm.balance.arguments import check_router, check_step, near_ranks
+from thinwire.comm.balance.bias import QuantileBiasSettings, SelectionBias, SignBiasSettings
 from thinwire.comm.balance.bus import StatisticsBus
 from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
 from thinwire.comm.balance.describe import describe
-from thinwire.comm.balance.inject import inject, register
+from thinwire.comm.balance.inject import inject, register, selection_bias
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.load_metrics import load_metrics
+from thinwire.comm.balance.margins import margin_histogram
 from thinwire.comm.balance.modes.build import build_mode
 from thinwire.comm.balance.modes.mode import Setting
 from thinwire.comm.balance.recompute import recognise
@@ -70,6 +72,7 @@ class LoadBalance:
             gradients, not only its loss, by their number.
         loss_scale: gives the present scale of the trainer's loss: GradScaler.get_scale.
         micro_coef, z_coef, decay: see BalanceSettings.
+        bias: "sign", "quantile", or settings of one; needs a call of bias() in each router. See BalanceSettings.
         score: of the gate: "softmax" or "sigmoid".
         inner: groups of near ranks, each ascending, for scope node and mode hier.
         layers: names of all layers, in any order; default: learned from the first forward pass.
@@ -100,14 +103,23 @@ class LoadBalance:
         micro_coef: float = 0.0,
         z_coef: float = 0.0,
         decay: float | None = None,
+        bias: SignBiasSettings | QuantileBiasSettings | Mapping[str, Any] | str | None = None,
         score: Score = "softmax",
         inner: Sequence[Sequence[int]] | None = None,
         layers: Sequence[str | int] | None = None,
         queue: CommQueue | None = None,
         timeout_s: float = 60.0,
     ) -> None:
-        self.settings = BalanceSettings(
-            coef=coef, scope=scope, mode=mode, decay=decay, micro_coef=micro_coef, z_coef=z_coef
+        self.settings = BalanceSettings.model_validate(
+            {
+                "coef": coef,
+                "scope": scope,
+                "mode": mode,
+                "decay": decay,
+                "micro_coef": micro_coef,
+                "z_coef": z_coef,
+                "bias": bias,
+            }
         )
         check_router(num_experts, top_k, score)
         check_step(micro_batches)
@@ -117,7 +129,9 @@ class LoadBalance:
         self._convention = Convention(ranks, accumulation, loss_scale)
         self._queue = queue or open_queue(group, timeout_s=timeout_s)
         self._layers = LayerMap(layers)
-        self._columns = Columns(num_experts)
+        chosen = self.settings.bias
+        self._columns = Columns(num_experts, chosen.bins if isinstance(chosen, QuantileBiasSettings) else 0)
+        self._bias = SelectionBias(chosen, self._columns, top_k) if chosen else None
         what_for = "scope: node" if scope == "node" else "mode: hier" if mode == "hier" else None
         near = near_ranks(inner, self._queue.rank, self._queue.size, what_for)
         told = {"top_k": top_k, "score": score, "ranks": ranks, "accumulation": accumulation, "inner": inner}
@@ -151,6 +165,20 @@ class LoadBalance:
         out = inject(flat, selected.reshape(-1, self.top_k), valid, self._handle, str(layer), torch.is_grad_enabled())
         return out.view(logits.shape)
 
+    def bias(self, layer: str | int, logits: Tensor) -> Tensor | None:
+        """What the router adds to the scores by which tokens select experts, and to nothing else; None without bias.
+
+        Changes when the first layer asks in another step. Where a score enters a weight, it enters without the bias.
+
+        Args:
+            layer: as for the call that follows.
+            logits: (..., num_experts): the selection is the top_k of softmax(logits) + bias, or of the sigmoid.
+        Returns: (num_experts,) fp32, the same on every rank.
+        """
+        if self._bias is None:
+            return None
+        return selection_bias(logits.detach(), self._handle, str(layer), torch.is_grad_enabled())
+
     def watch(self, model: nn.Module) -> None:
         """Do nothing while this model is in eval mode, also where gradients are on."""
         self._model = model
@@ -179,13 +207,17 @@ class LoadBalance:
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs of this one. Call it between steps; waits for what is under way."""
         self._steps.end()
-        return {"layers": list(self._layers.names), "mode": self._mode.state_dict()}
+        state: dict[str, Any] = {"layers": list(self._layers.names), "mode": self._mode.state_dict()}
+        if self._bias is not None:
+            self._catch_up(self._bias)
+            state["bias"] = self._bias.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what state_dict() gave, on this rank or in a job of another size, whose ranks' totals are equal.
 
         Raises:
-            ValueError: it is of other layers.
+            ValueError: it is of other layers, or has biases, by which tokens then select, and this has none.
         """
         of_rank = state["all_ranks"][0] if "all_ranks" in state else state
         names = list(of_rank["layers"])
@@ -198,8 +230,14 @@ class LoadBalance:
             for name in names:
                 self._layers.number(name)
             self._layers.complete = True
+        if "bias" in of_rank and self._bias is None:
+            raise ValueError("balance.bias: the checkpoint has biases, by which its tokens select experts; set bias")
         self._steps.forget()
         self._mode.load_state_dict(of_rank["mode"])
+        if self._bias is not None:
+            self._bias.steps = self._steps.ended
+            if "bias" in of_rank:
+                self._bias.load_state_dict(of_rank["bias"])
 
     def predicted_bytes(self) -> dict[str, int]:
         """Payload bytes that this rank sends per step, by level; before the layers are known, none."""
@@ -230,9 +268,11 @@ class LoadBalance:
         See load_metrics() for the loads of the whole batch; unit_max_violation: of this rank's micro-batches, the mean.
         self_weight: see KnownStep; effective_units: its inverse, how many micro-batches' diversity the loss sees, where
         it is finite. lag: mean over layers of sum_i |f_i that was used - f_i that it turned out to be|. messages: sent
-        since the start.
+        since the start. bias_range: the largest difference between two experts' biases.
         """
         numbers = {"messages": float(self._bus.messages)}
+        if self._bias is not None:
+            numbers["bias_range"] = self._bias.range
         known = self._mode.known_step()
         if known is not None:
             numbers |= load_metrics(self._columns.loads(known.rows))
@@ -257,11 +297,25 @@ class LoadBalance:
         """Count a forward pass: see inject.Recorder."""
         if in_backward():
             self._steps.forward_is_over()
-            row = self._columns.row(logits, selected, valid)
+            row = self._row(layer, logits, selected, valid)
             return recognise(self._steps.filled, self._layers.number(layer), row).number
         if not grad and not will_be_recomputed():
             return -1
-        return self._steps.put(self._layers.number(layer), self._columns.row(logits, selected, valid)).number
+        if self._bias is not None and layer not in self._bias.asked:
+            raise ValueError(
+                f"bias: is set, but the router of layer {layer} has not asked for it; let it select the top_k of its "
+                "scores + balance.bias(layer, logits), or remove bias"
+            )
+        return self._steps.put(self._layers.number(layer), self._row(layer, logits, selected, valid)).number
+
+    def present_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor:
+        """The bias, which changes where a step begins: see inject.Recorder."""
+        assert self._bias is not None
+        self._bias.asked.add(layer)
+        if not in_backward() and (grad or will_be_recomputed()) and self._steps.is_over and not self._removed:
+            self._catch_up(self._bias)
+        known = self._layers.complete or layer in self._layers
+        return self._bias.of(self._layers.number(layer) if known else None, logits)
 
     def pull(self, layer: str, unit: int, logits: Tensor, valid: Tensor | None) -> Tensor:
         """The loss's gradient: see inject.Recorder."""
@@ -277,6 +331,21 @@ class LoadBalance:
         pull = pull * (kappa * self.num_experts / tokens)
         z_scale = kappa * settings.z_coef / tokens if settings.z_coef else None
         return router_gradient(logits, pull, z_scale, valid, score=self._score)
+
+    def _row(self, layer: str, logits: Tensor, selected: Tensor, valid: Tensor | None) -> Tensor:
+        row = self._columns.row(logits, selected, valid)
+        if self._bias is not None and self._columns.bins:
+            bias = self._bias.of(self._layers.number(layer), logits)
+            counts = margin_histogram(logits, bias, self.top_k, valid, self._columns.bins, self._score)
+            self._columns.margins(row).copy_(counts.view(self.num_experts, -1))
+        return row
+
+    def _catch_up(self, bias: SelectionBias) -> None:
+        """Learn from the last step's counts. They have travelled during its backward pass, so this hardly waits."""
+        rows = self._mode.last_step() if bias.steps < self._steps.ended else None
+        bias.steps = self._steps.ended
+        if rows is not None:
+            bias.update(rows)
 
     def _check(self, layer: object, logits: Tensor, selected: Tensor, valid_mask: Tensor | None) -> None:
         where = f"layer {layer}"

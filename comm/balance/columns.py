@@ -10,19 +10,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Columns:
-    """The order of the integers in a row: selections of each expert, tokens, and two numbers of faults.
+    """The order of the integers in a row: selections of each expert, tokens, two numbers of faults, and histograms.
 
     Faults travel with the counts, so that a bad router on one rank becomes an error on every rank.
 
-    Attributes: bad_ids, selections outside 0 .. num_experts - 1; bad_logits, tokens with a NaN or infinite logit.
+    Attributes: bad_ids, selections outside 0 .. num_experts - 1; bad_logits, tokens with a NaN or infinite logit; bins,
+    of each expert's histogram of margins, see margins.py; 0 = there are none.
     """
 
     num_experts: int
+    bins: int = 0
 
     @property
     def width(self) -> int:
         """Integers in a row."""
-        return self.num_experts + 3
+        return self.num_experts * (1 + self.bins) + 3
 
     @property
     def tokens(self) -> int:
@@ -38,8 +40,12 @@ class Columns:
         """The counts of the experts: (..., num_experts)."""
         return rows[..., : self.num_experts]
 
+    def margins(self, rows: Tensor) -> Tensor:
+        """The histograms: (..., num_experts, bins)."""
+        return rows[..., self.num_experts + 3 :].view(*rows.shape[:-1], self.num_experts, self.bins)
+
     def row(self, logits: Tensor, selected: Tensor, valid: Tensor | None) -> Tensor:
-        """Count: (width,) int32, on the device of the logits, without waiting for it.
+        """Count all but the histograms: (width,) int32, on the device of the logits, without waiting for it.
 
         Args:
             logits: (tokens, num_experts), floating.

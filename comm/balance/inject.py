@@ -21,6 +21,10 @@ class Recorder(Protocol):
         """Count a forward pass; returns the number of its unit, or -1 where nothing will be learned from it."""
         ...
 
+    def present_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor:
+        """(experts,) fp32: what this forward pass adds to the scores by which tokens select."""
+        ...
+
     def pull(self, layer: str, unit: int, logits: Tensor, valid: Tensor | None) -> Tensor:
         """The gradient to add, in the backward pass."""
         ...
@@ -46,6 +50,26 @@ def inject(logits: Tensor, selected: Tensor, valid: Tensor | None, handle: int, 
     """
     out: Tensor = _balance(logits, selected, valid, handle, layer, grad)[0]
     return out
+
+
+def selection_bias(logits: Tensor, handle: int, layer: str, grad: bool) -> Tensor:
+    """The recorder's present bias, by an operator: compiled code asks anew in every forward pass.
+
+    Args:
+        logits: (tokens, experts); by them the operator is kept in its place, and on its device.
+    """
+    out: Tensor = _bias(logits, handle, layer, grad)
+    return out
+
+
+@torch.library.custom_op("thinwire::balance_bias", mutates_args=())
+def _bias(logits: Tensor, handle: int, layer: str, grad: bool) -> Tensor:
+    return _recorders[handle].present_bias(layer, logits, grad)
+
+
+@_bias.register_fake
+def _(logits: Tensor, handle: int, layer: str, grad: bool) -> Tensor:
+    return logits.new_empty(logits.shape[-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("thinwire::balance", mutates_args=())

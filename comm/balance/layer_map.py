@@ -27,6 +27,9 @@ class LayerMap:
     def __len__(self) -> int:
         return len(self.names)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._numbers
+
     def number(self, name: str) -> int:
         """Of a layer; a new one where they are still being learned.
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from thinwire.comm.balance.bias import BiasSettings
 from thinwire.comm.settings import Settings
 
 Scope = Literal["micro", "node", "global"]
@@ -21,6 +22,7 @@ class BalanceSettings(Settings):
     decay: mode ema: of the moving average.
     micro_coef: of the same loss over the micro-batch; 0.01 * coef keeps single micro-batches from too uneven loads.
     z_coef: of mean_t (logsumexp z_t)^2 (Zoph et al. 2022, 2202.08906), which keeps logits small; usually 1e-3.
+    bias: sign or quantile: loss-free balancing by biases of the scores, from the same counts; coef may then be 0.
     """
 
     coef: float = Field(ge=0)
@@ -29,6 +31,7 @@ class BalanceSettings(Settings):
     decay: float | None = Field(None, gt=0, lt=1)
     micro_coef: float = Field(0.0, ge=0)
     z_coef: float = Field(0.0, ge=0)
+    bias: BiasSettings | None = None
 
     @model_validator(mode="after")
     def _mode_fits_scope(self) -> BalanceSettings:
@@ -38,6 +41,12 @@ class BalanceSettings(Settings):
             raise ValueError(f"mode: {self.mode} is for scope: global; give another mode, or that scope")
         if self.scope == "micro" and self.micro_coef:
             raise ValueError("micro_coef: with scope: micro it is the same loss again; raise coef instead")
+        if self.bias is not None and (self.scope != "global" or self.mode == "gossip"):
+            here = "mode: gossip" if self.scope == "global" else f"scope: {self.scope}"
+            raise ValueError(
+                f"bias: {self.bias.kind} follows the counts of the whole batch, which no rank knows with {here}; give "
+                "scope: global and another mode, or remove bias"
+            )
         if (self.decay is not None) != (self.mode == "ema"):
             raise ValueError("decay: goes with mode: ema, and with no other; 0.9 is usual")
         return self

@@ -17,11 +17,13 @@ class StepUnits:
     A unit is filled when every layer has counted. While the layers are still being learned, that is known only when one
     of them is called again, or a backward pass begins.
 
-    Attributes: announced, valid tokens that this rank expects in the next step; 0 = unknown.
+    Attributes: announced, valid tokens that this rank expects in the next step; 0 = unknown. ended, steps that have,
+    since the start.
     """
 
     def __init__(self, layers: LayerMap, mode: Mode, setting: Setting) -> None:
         self.announced = 0
+        self.ended = 0
         self._layers = layers
         self._mode = mode
         self._setting = setting
@@ -33,6 +35,11 @@ class StepUnits:
     def filled(self) -> list[Unit]:
         """Of the present step, in order."""
         return [unit for unit in self._units if unit.is_filled]
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the next forward pass begins another step."""
+        return self._is_over or not self._units
 
     def put(self, layer: int, row: Tensor) -> Unit:
         """What a layer has counted, in a forward pass; returns the unit it belongs to."""
@@ -75,7 +82,7 @@ class StepUnits:
         self._units, self._is_over = [], False
 
     def _open(self) -> None:
-        if self._is_over or not self._units:
+        if self.is_over:
             self.forget()
             self._mode.begin_step()
         announced, self.announced = self.announced, 0
@@ -100,4 +107,5 @@ class StepUnits:
     def _end(self) -> None:
         if self._units and not self._is_over:
             self._is_over = True
+            self.ended += 1
             self._mode.end_step()
