@@ -64,6 +64,11 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _balance_has_something_to_do(self) -> RunConfig:
+        check_balance(self)
+        return self
+
+    @model_validator(mode="after")
     def _nothing_goes_unused(self) -> RunConfig:
         for path, why in unused_by(self.method).items():
             *parents, leaf = path.split(".")
@@ -91,17 +96,22 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _experts_are_spread_where_that_works(self) -> RunConfig:
+        level = getattr(self.model, "expert_parallel", None)
+        if level is not None and (self.method.kind, self.engine.kind) != ("allreduce", "ddp"):
+            raise ValueError(
+                f"model.expert_parallel: {level} works with method: {{kind: allreduce}} and engine: {{kind: ddp}}, not "
+                f"with {self.method.kind} and {self.engine.kind}; give these, or model.expert_parallel=null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bf16_weights_compute_in_bf16(self) -> RunConfig:
         if getattr(self.method, "weights", None) == "bf16" and self.train.precision != "bf16":
             raise ValueError(
                 f"method.weights: bf16 is what the model would compute in, but train.precision is "
                 f"{self.train.precision}; give train.precision=bf16, or method.weights=fp32"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _balance_has_something_to_do(self) -> RunConfig:
-        check_balance(self)
         return self
 
     def resolved(self) -> dict[str, Any]:

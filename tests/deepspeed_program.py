@@ -22,11 +22,13 @@ from forked_ranks import fork_ranks
 from torch import nn
 
 from thinwire.comm.allreduce import AllReduceSettings, allreduce
+from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.errors import NonFiniteGradientError
 from thinwire.dist.engine.ddp import DDPEngine, DDPSettings, wrap_ddp
 from thinwire.dist.engine.deepspeed import DeepSpeedEngine, DeepSpeedSettings
 from thinwire.dist.engine.engine import Engine
 from thinwire.dist.mesh import LevelSettings, MeshSettings
+from thinwire.dist.models.moe import MoEGPT, MoESettings
 from thinwire.dist.optimizers import AdamWSettings, SGDSettings, build_optimizer, plan_optimizer
 from thinwire.dist.world import World, WorldSettings, join
 from thinwire.launch.env import detect
@@ -182,12 +184,48 @@ def what_cannot_work_is_refused(world: World) -> None:
             new_engine(world, **settings)
 
 
+def balance_pulls_as_under_ddp(world: World) -> None:
+    """In mode sync every micro-batch's backward pass waits for counts, while DeepSpeed has collectives under way."""
+    shape = MoESettings(layers=1, heads=1, width=8, context=8, experts=5, top_k=2, expert_width=4)
+    expected: list[float] = []
+    for stage in (None, 2, 3):
+        model = MoEGPT(shape, vocab=11)
+        model.initialise(seed=0)
+        queue = world.queue.beside("balance")
+        # With this coefficient the gradient is that of the balancing loss for the most part.
+        balance = LoadBalance(
+            num_experts=5, top_k=2, coef=5.0, mode="sync", micro_batches=MICRO_BATCHES, ranks="mean", queue=queue
+        )
+        model.balance_with(balance)
+        engine: Engine
+        if stage is None:
+            wrapped = wrap_ddp(model, DDPSettings(), world.group)
+            method = allreduce(wrapped, queue=world.queue)
+            engine = DDPEngine(wrapped, build_optimizer(SGD, model), method, clip_norm=CLIP, queue=world.queue)
+        else:
+            engine = new_engine(world, SGD, model, stage=stage, persist_below=0, keep_gathered=0)
+        norms = []
+        for step in range(2):
+            tokens = torch.randint(11, (2, 9), generator=torch.Generator().manual_seed(10 * step + world.rank))
+            for i in range(MICRO_BATCHES):
+                with engine.micro_batch(last=i == MICRO_BATCHES - 1):
+                    scores = engine.forward(tokens[i : i + 1, :-1])
+                    engine.backward(F.cross_entropy(scores.flatten(0, 1), tokens[i, 1:]) / MICRO_BATCHES)
+            norms.append(engine.step())
+        assert balance.metrics()["messages"] == 2 * MICRO_BATCHES
+        expected = expected or norms
+        torch.testing.assert_close(norms, expected, rtol=1e-5, atol=0, msg=f"stage {stage}")
+        engine.close()
+        queue.close()
+
+
 SCENARIOS: Sequence[Callable[[World], None]] = (
     every_stage_equals_ddp,
     a_run_resumes_bit_for_bit_and_in_another_stage,
     sgd_sees_no_factor_and_hpz_spares_the_slow_link,
     quantised_wires_train_and_leave_all_ranks_the_same_weights,
     what_cannot_work_is_refused,
+    balance_pulls_as_under_ddp,
 )
 
 
