@@ -62,14 +62,22 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
-            selected = lowest_first(logits.detach(), self.top_k)
+            selected = lowest_first(self._by_which_to_select(logits.detach()), self.top_k)
             if self.balance is not None and self.training:
                 logits = self.balance(self.name, logits, selected)
-            scores = logits.softmax(-1) if self.gate == "softmax" else logits.sigmoid()
+            scores = self._scores(logits)
             weights = scores.gather(-1, selected)
             if self.renormalise:
                 weights = weights / weights.sum(-1, keepdim=True)
             return Routing(selected, weights)
+
+    def _by_which_to_select(self, logits: Tensor) -> Tensor:
+        """Logits order experts as their scores do; a bias is of scores."""
+        bias = self.balance.bias(self.name, logits) if self.balance is not None else None
+        return logits if bias is None else self._scores(logits) + bias
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1) if self.gate == "softmax" else logits.sigmoid()
 
 
 def lowest_first(scores: Tensor, top_k: int) -> Tensor:
