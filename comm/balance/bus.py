@@ -106,6 +106,16 @@ class StatisticsBus:
 
         return Sent(self.queue.submit("balance/counts", exchange))
 
+    def check(self, rows: Tensor) -> None:
+        """Of this rank alone, where nothing is sent.
+
+        Raises:
+            RouterError, NonFiniteLogitsError: on this rank.
+        """
+        faults = rows[:, self.columns.faults].cpu()
+        if faults.any():
+            raise self._describe_faults(faults[None], [self.queue.peers[self.queue.rank]])
+
     def sent_bytes(self, *, near: bool = False) -> dict[str, int]:
         """Payload bytes of one message, by level."""
         ranks = self.inner if near else list(range(self.queue.size))
@@ -138,15 +148,14 @@ class StatisticsBus:
             return Totals(rows, total[-_TAIL_INTS])
         own = message[:-_TAIL_INTS].view(rows.shape)[:, self.columns.faults].contiguous()
         by_rank = channel.all_gather_same(own).cpu()  # (ranks, layers, 2)
-        return self._describe_faults(by_rank, channel)
+        return self._describe_faults(by_rank, self._ranks(channel))
 
     def _ranks(self, channel: Channel) -> list[int]:
         """The ranks of the job that a channel reaches."""
         ranks = self.inner if channel.size < self.queue.size else range(self.queue.size)
         return [self.queue.peers[r] for r in ranks]
 
-    def _describe_faults(self, by_rank: Tensor, channel: Channel) -> Exception:
-        ranks = self._ranks(channel)
+    def _describe_faults(self, by_rank: Tensor, ranks: Sequence[int]) -> Exception:
         kind = 0 if by_rank[:, :, 0].any() else 1
         bad = by_rank[:, :, kind] > 0
         who = [ranks[r] for r in bad.any(1).nonzero().flatten().tolist()]

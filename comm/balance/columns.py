@@ -44,6 +44,15 @@ class Columns:
         """The histograms: (..., num_experts, bins)."""
         return rows[..., self.num_experts + 3 :].view(*rows.shape[:-1], self.num_experts, self.bins)
 
+    def fit(self, rows: Tensor | None) -> Tensor | None:
+        """Rows that were counted with other histograms, or none: those are left out, and ours are empty."""
+        if rows is None or rows.shape[-1] == self.width:
+            return rows
+        fitted = rows.new_zeros(*rows.shape[:-1], self.width)
+        fixed = self.faults.stop
+        fitted[..., :fixed] = rows[..., :fixed]
+        return fitted
+
     def row(self, logits: Tensor, selected: Tensor, valid: Tensor | None) -> Tensor:
         """Count all but the histograms: (width,) int32, on the device of the logits, without waiting for it.
 

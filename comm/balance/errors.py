@@ -39,5 +39,9 @@ class NonFiniteLogitsError(NonFiniteGradientError):
         self.layers = tuple(layers)
 
 
+FAULTS = (RouterError, NonFiniteLogitsError)
+"""What a message may tell of; the next step can go on."""
+
+
 def _list(layers: Sequence[str]) -> str:
     return f"layer {', '.join(layers[:3])}" + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")

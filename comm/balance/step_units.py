@@ -77,6 +77,11 @@ class StepUnits:
         self.forward_is_over()
         self._end()
 
+    def abandon(self) -> None:
+        """A fault ends the present step, and what was under way with it."""
+        self.forget()
+        self._mode.abandon()
+
     def forget(self) -> None:
         """As at the start."""
         self._units, self._is_over = [], False

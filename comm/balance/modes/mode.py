@@ -63,6 +63,10 @@ class Mode(Protocol):
         """The first micro-batch of another step is about to be counted."""
         ...
 
+    def abandon(self) -> None:
+        """A message told of a fault, here as on all ranks: forget what is under way and the present step."""
+        ...
+
     def target(self, unit: Unit) -> Target:
         """What this micro-batch is balanced against. Called in its backward pass, once per layer."""
         ...

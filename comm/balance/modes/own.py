@@ -36,9 +36,14 @@ class Own:
     def begin_step(self) -> None:
         """Nothing is under way."""
 
+    def abandon(self) -> None:
+        """Only this rank's present step."""
+        self._units, self._cached = [], None
+
     def target(self, unit: Unit) -> Target:
         """Its own counts; as many tokens as if all micro-batches had as many."""
         if self._cached is None or self._cached[0] != unit.number:
+            self._setting.bus.check(unit.rows)
             columns = self._setting.columns
             tokens = unit.rows[:, columns.tokens] * (self._setting.size * self._setting.micro_batches)
             self._cached = unit.number, target_of(unit.rows, tokens, columns)

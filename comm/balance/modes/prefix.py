@@ -56,6 +56,10 @@ class Prefix:
         self._known = self.known_step()
         self._sent, self._sums, self._cached, self._weights = [], [], None, {}
 
+    def abandon(self) -> None:
+        """What is known of the last step stays."""
+        self._sent, self._sums, self._cached, self._weights = [], [], None, {}
+
     def target(self, unit: Unit) -> Target:
         """Waits for the messages up to this micro-batch's (late: for all that were sent)."""
         place = len(self._sent) - 1 if self._late else unit.place
@@ -89,9 +93,10 @@ class Prefix:
         return {"before": self.last_step()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """They are the same on every rank."""
-        self._before = state["before"]
-        self._sent, self._sums, self._cached = [], [], None
+        """They are the same on every rank. Of other modes too."""
+        self.abandon()
+        self._before = self._setting.columns.fit(state.get("before"))
+        self._known = None
 
     def _weight(self, place: int) -> float:
         units = self._setting.micro_batches if self._carry and self._before is not None else place + 1

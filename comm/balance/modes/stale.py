@@ -53,6 +53,11 @@ class Stale:
         self._read_previous()
         self._previous, self._present, self._target = self._present, None, None
 
+    def abandon(self) -> None:
+        """The moving average stays."""
+        self._previous = self._present = self._target = None
+        self._units = []
+
     def target(self, unit: Unit) -> Target:
         """Waits for the last step's message, which had a backward pass, and more, to arrive in."""
         if self._target is None:
@@ -83,10 +88,13 @@ class Stale:
         return {"before": rows, "average": average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """They are the same on every rank."""
-        self._rows, self._average = state["before"], state["average"]
-        self._previous = self._present = self._target = None
-        self._units = []
+        """They are the same on every rank. Of other modes too, where the average begins at the last step."""
+        self.abandon()
+        columns = self._setting.columns
+        self._rows, self._average = columns.fit(state.get("before")), state.get("average")
+        if self._average is None and self._rows is not None:
+            self._average = fractions_of(self._rows, columns)
+        self._known = None
 
     def _read_previous(self) -> None:
         sent, self._previous = self._previous, None
