@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from thinwire.comm.balance.bus import StatisticsBus
 from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
 from thinwire.comm.balance.describe import describe
+from thinwire.comm.balance.errors import FAULTS
 from thinwire.comm.balance.inject import inject, register, selection_bias
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.load_metrics import load_metrics
@@ -202,15 +204,18 @@ class LoadBalance:
 
     def finish(self) -> None:
         """Wait for what is under way, and raise what it says; mode stale would do so in the next backward pass."""
-        self._mode.last_step()
+        with self._faults_end_the_step():
+            self._mode.last_step()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs of this one. Call it between steps; waits for what is under way."""
-        self._steps.end()
-        state: dict[str, Any] = {"layers": list(self._layers.names), "mode": self._mode.state_dict()}
-        if self._bias is not None:
-            self._catch_up(self._bias)
-            state["bias"] = self._bias.state_dict()
+        state: dict[str, Any] = {"layers": list(self._layers.names), "num_experts": self.num_experts}
+        with self._faults_end_the_step():
+            self._steps.end()
+            state["mode"] = self._mode.state_dict()
+            if self._bias is not None:
+                self._catch_up(self._bias)
+                state["bias"] = self._bias.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -230,6 +235,11 @@ class LoadBalance:
             for name in names:
                 self._layers.number(name)
             self._layers.complete = True
+        if of_rank["num_experts"] != self.num_experts:
+            raise ValueError(
+                f"balance: the checkpoint is of {of_rank['num_experts']} experts in each layer, this model has "
+                f"{self.num_experts}; load the checkpoint of this model"
+            )
         if "bias" in of_rank and self._bias is None:
             raise ValueError("balance.bias: the checkpoint has biases, by which its tokens select experts; set bias")
         self._steps.forget()
@@ -306,7 +316,9 @@ class LoadBalance:
                 f"bias: is set, but the router of layer {layer} has not asked for it; let it select the top_k of its "
                 "scores + balance.bias(layer, logits), or remove bias"
             )
-        return self._steps.put(self._layers.number(layer), self._row(layer, logits, selected, valid)).number
+        row = self._row(layer, logits, selected, valid)
+        with self._faults_end_the_step():
+            return self._steps.put(self._layers.number(layer), row).number
 
     def present_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor:
         """The bias, which changes where a step begins: see inject.Recorder."""
@@ -321,7 +333,8 @@ class LoadBalance:
         """The loss's gradient: see inject.Recorder."""
         self._steps.forward_is_over()
         here = self._steps.unit(unit)
-        target = self._mode.target(here)
+        with self._faults_end_the_step():
+            target = self._mode.target(here)
         number, settings = self._layers.number(layer), self.settings
         kappa = self._convention.factor(self._setting.size, self._setting.micro_batches)
         tokens = target.tokens[number]
@@ -340,10 +353,20 @@ class LoadBalance:
             self._columns.margins(row).copy_(counts.view(self.num_experts, -1))
         return row
 
+    @contextmanager
+    def _faults_end_the_step(self) -> Iterator[None]:
+        """A fault is told once, on every rank; the next step goes on from what was known before."""
+        try:
+            yield
+        except FAULTS:
+            self._steps.abandon()
+            raise
+
     def _catch_up(self, bias: SelectionBias) -> None:
         """Learn from the last step's counts. They have travelled during its backward pass, so this hardly waits."""
-        rows = self._mode.last_step() if bias.steps < self._steps.ended else None
-        bias.steps = self._steps.ended
+        behind, bias.steps = bias.steps < self._steps.ended, self._steps.ended
+        with self._faults_end_the_step():
+            rows = self._mode.last_step() if behind else None
         if rows is not None:
             bias.update(rows)
 
@@ -353,7 +376,7 @@ class LoadBalance:
             raise ValueError(
                 f"layer: {layer!r} of type {type(layer).__name__}; allowed: the layer's own name or number"
             )
-        if logits.shape[-1] != self.num_experts or not logits.is_floating_point():
+        if logits.shape[-1:] != (self.num_experts,) or not logits.is_floating_point():
             raise ValueError(
                 f"{where}: logits are {logits.dtype} of shape {tuple(logits.shape)}; allowed: floating, "
                 f"(..., num_experts = {self.num_experts})"
