@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_threads import TorchRank, run_torch_ranks
 
 from thinwire.comm.allreduce import allreduce
+from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.compress.door import compress
 from thinwire.comm.gossip.door import gossip
 from thinwire.comm.local_sgd.door import local_sgd
@@ -40,6 +41,7 @@ class Row:
     lossless: with one rank, or with the same batch on all ranks, it does exactly what one machine alone would do.
     close: otherwise it does nearly that; if not, so much is left for later steps that all we ask of it is to descend.
     all_of_torch: its ranks need default groups, meshes and DTensors, and its levels are groups of equal size.
+    cannot, why: entering with these settings, or with a model in fp64, is refused with an error that says this.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Row:
     lossless: bool
     close: bool = True
     all_of_torch: bool = False
+    cannot: Enter | None = None
+    why: str = "float64"
 
     def run(self, size: int, work: Callable[[Any], T]) -> list[T]:
         """Run `work` on so many ranks, and return what each returned."""
@@ -182,6 +186,40 @@ def enter_partition(**options: Any) -> Enter:
     return enter
 
 
+def enter_balance(**options: Any) -> Enter:
+    """The first layer's outputs are the logits of a router; its loss enters their gradients, DDP averages."""
+
+    def enter(rank: Rank, queue: CommQueue, model: nn.Module) -> Run:
+        method = LoadBalance(queue=queue, **{"num_experts": 7, "top_k": 2, "coef": 1e-3, **options})
+        router = cast(nn.Sequential, model)[0]
+        router.register_forward_hook(lambda _, x, logits: method("router", logits, logits.topk(2).indices))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
+        mean = 1 / rank.size
+
+        def step(x: Tensor) -> None:
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            method.finish()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                rank.group.allreduce([parameter.grad.mul_(mean)]).wait()
+            optimizer.step()
+
+        return Run(model, optimizer, method, step)
+
+    return enter
+
+
+def balanced(mode: str, **options: Any) -> Row:
+    return Row(
+        f"balance-{mode}",
+        enter_balance(mode=mode, **options),
+        lossless=False,
+        cannot=enter_balance(mode=mode, top_k=8, **options),
+        why="top_k: 8; allowed: 1 to num_experts, 7",
+    )
+
+
 OPENED: list[Method] = []
 """Methods whose threads outlive their queue: a test ends with their remove()."""
 
@@ -308,4 +346,6 @@ METHODS = [
         lossless=False,
         all_of_torch=True,
     ),
+    balanced("late"),
+    balanced("stale"),
 ]
