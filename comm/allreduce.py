@@ -168,8 +168,8 @@ def _check(model: DistributedDataParallel, dtype: str) -> None:
 
 def _first_layout(model: DistributedDataParallel) -> list[int]:
     numels: dict[torch.dtype, int] = defaultdict(int)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.module.named_parameters():
+        if parameter.requires_grad and name not in model.parameters_to_ignore:
             numels[parameter.dtype] += parameter.numel()
     return list(numels.values())
 

@@ -22,6 +22,7 @@ _HARMLESS = {
     "output",
     "checkpoint",
     "data.cache",
+    "model.expert_parallel",
     "train.eval_every",
     "train.eval_batch",
     "train.eval_windows",

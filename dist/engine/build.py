@@ -11,8 +11,11 @@ from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.dist.engine.ddp import DDPEngine, DDPSettings, wrap_ddp
 from thinwire.dist.engine.deepspeed import DeepSpeedEngine, DeepSpeedSettings
 from thinwire.dist.engine.engine import Engine
+from thinwire.dist.engine.expert_parallel import ExpertParallelEngine
+from thinwire.dist.engine.expert_shards import ExpertShards
 from thinwire.dist.engine.fsdp2 import FSDP2Engine, FSDP2Settings
 from thinwire.dist.methods import attach
+from thinwire.dist.models.moe import MoEGPT
 from thinwire.dist.optimizers import build_optimizer, plan_optimizer
 from thinwire.dist.world import World
 
@@ -60,8 +63,19 @@ def build_engine(config: RunConfig, model: nn.Module, world: World, *, micro_bat
 
 
 def _build_ddp(config: RunConfig, settings: DDPSettings, model: nn.Module, world: World) -> DDPEngine:
+    experts = _spread_experts(config, model, world)
     wrapped = wrap_ddp(model, settings, world.group)
     optimizer = build_optimizer(config.optimizer, model)
     clip_norm = config.train.clip_norm
     method = attach(config.method, model=wrapped, optimizer=optimizer, world=world, clip_norm=clip_norm)
+    if experts is not None:
+        return ExpertParallelEngine(wrapped, optimizer, method, clip_norm=clip_norm, queue=world.queue, experts=experts)
     return DDPEngine(wrapped, optimizer, method, clip_norm=clip_norm, queue=world.queue)
+
+
+def _spread_experts(config: RunConfig, model: nn.Module, world: World) -> ExpertShards | None:
+    level = getattr(config.model, "expert_parallel", None)
+    if level is None:
+        return None
+    assert isinstance(model, MoEGPT)
+    return ExpertShards(model, level, world)

@@ -92,8 +92,7 @@ class DDPEngine:
 
     def step(self) -> float:
         """The mean gradient is the same on all ranks, so all refuse it or none."""
-        gradients = [p.grad for p in self._model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = self._total_norm()
         if self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(self._model.parameters(), self._clip_norm, norm)
         if not math.isfinite(norm) and not isinstance(self.method, LocalMethod):
@@ -134,3 +133,6 @@ class DDPEngine:
 
     def close(self) -> None:
         """Nothing is the engine's own."""
+
+    def _total_norm(self) -> Tensor:
+        return torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinwire.comm.expert_parallel.exchange import ExpertExchange
+from thinwire.dist.models.by_expert import ByExpert
 from thinwire.dist.models.grouped_product import grouped_product
 from thinwire.dist.models.router import Routing
 
@@ -30,49 +30,44 @@ class Experts(nn.Module):
         self.gated = gated
         self.input = nn.Parameter(torch.empty(experts, width, hidden * (2 if gated else 1)))
         self.output = nn.Parameter(torch.empty(experts, hidden, width))
+        self._exchange: ExpertExchange | None = None
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Args: x (tokens, width). The weighted sum is taken in the weights' dtype; the result is of x's."""
         tokens, top_k = routing.selected.shape
-        chosen = routing.selected.flatten()
-        order = chosen.argsort(stable=True)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        ends = torch.searchsorted(chosen[order], torch.arange(self.experts, device=order.device), right=True)
-        rows = _take(x, order // top_k, places, top_k)
-        taken = _take(self.compute(rows, ends.int()), places, order, 1).unflatten(0, (tokens, top_k))
+        sorting = ByExpert(routing.selected.flatten(), self.experts)
+        rows = sorting.sort(x, top_k).to(_compute_dtype(x))
+        taken = sorting.restore(self._of_rows(rows, sorting.ends)).unflatten(0, (tokens, top_k))
         out: Tensor = (taken * routing.weights.unsqueeze(-1)).sum(1).to(x.dtype)
         return out
 
-    def compute(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """Each expert on its rows: see grouped_product()."""
-        kind = rows.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
-        hidden = grouped_product(rows.to(dtype), self.input.to(dtype), ends)
+    def share(self, exchange: ExpertExchange) -> None:
+        """Keep the experts that are this rank's; rows of the others travel from now on."""
+        self._exchange = exchange
+        for name, whole in list(self.named_parameters()):
+            held = whole.detach()[exchange.first : exchange.first + exchange.held].clone()
+            setattr(self, name, nn.Parameter(held, requires_grad=whole.requires_grad))
+
+    def _of_rows(self, rows: Tensor, ends: Tensor) -> Tensor:
+        if self._exchange is None:
+            return self._compute(rows, ends)
+        arrived = self._exchange.send(rows, ends)
+        sorting = ByExpert(arrived.experts, self._exchange.held)
+        results = sorting.restore(self._compute(sorting.sort(arrived.rows), sorting.ends))
+        return self._exchange.send_back(results, arrived)
+
+    def _compute(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """Each expert that is here on its rows: see grouped_product()."""
+        hidden = grouped_product(rows, self.input.to(rows.dtype), ends)
         if self.gated:
             gate, hidden = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * hidden
         else:
             hidden = F.gelu(hidden)
-        return grouped_product(hidden, self.output.to(dtype), ends)
+        return grouped_product(hidden, self.output.to(rows.dtype), ends)
 
 
-class _Take(torch.autograd.Function):
-    """Rows by number, where it is known how to go back: no sum of gradients in an order that might differ."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, numbers: Tensor, back: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.copies = copies
-        return rows[numbers]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (back,) = ctx.saved_tensors
-        rows = gradient[back].unflatten(0, (len(back) // ctx.copies, ctx.copies))
-        return rows.sum(1), None, None, None
-
-
-def _take(rows: Tensor, numbers: Tensor, back: Tensor, copies: int) -> Tensor:
-    """rows[numbers], in which every row comes `copies` times: those of row t are at numbers back[copies * t ...]."""
-    out: Tensor = _Take.apply(rows, numbers, back, copies)  # type: ignore[no-untyped-call]
-    return out
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """As torch's own products under autocast, which leaves fp64 alone."""
+    casts = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if casts else x.dtype

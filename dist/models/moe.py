@@ -22,6 +22,8 @@ class MoESettings(GPTSettings):
     gate: scores of the experts are the softmax over all of them, or the sigmoid of each.
     renormalise: the weights of a token's selected experts sum to 1. Without it they are the scores themselves.
     dense_every: of every so many layers the last one has an MLP as in a GPT; 0 = no layer has.
+    expert_parallel: level of the mesh, such as node, over whose ranks the routed experts are spread; tokens travel to
+      them. null = every rank has them all. With method allreduce and engine ddp.
     """
 
     kind: Literal["moe"] = "moe"  # type: ignore[assignment]
@@ -32,6 +34,7 @@ class MoESettings(GPTSettings):
     gate: Gate = "softmax"
     renormalise: bool = True
     dense_every: int = Field(0, ge=0)
+    expert_parallel: str | None = None
 
     @model_validator(mode="after")
     def _can_choose(self) -> MoESettings:
