@@ -18,6 +18,7 @@ from thinwire.comm.method import DescribedMethod, LocalMethod, agreed_weights
 from thinwire.comm.settings import Settings
 from thinwire.dist.balance_run import RunBalance
 from thinwire.dist.data import shard
+from thinwire.dist.domain_evaluation import evaluate_domains
 from thinwire.dist.engine.build import build_engine
 from thinwire.dist.metrics import Record, Sink, StepTraffic
 from thinwire.dist.optimizers import learning_rate
@@ -268,13 +269,17 @@ class Trainer:
 
     def _evaluate(self) -> Record:
         with agreed_weights(self.method):
-            return evaluate_task(
-                self.config.train,
-                self.engine.network,
-                self.data,
-                self.world,
-                forward_is_collective=self.engine.forward_is_collective,
-            )
+            return {
+                name: value
+                for evaluated in (evaluate_task, evaluate_domains)
+                for name, value in evaluated(
+                    self.config.train,
+                    self.engine.network,
+                    self.data,
+                    self.world,
+                    forward_is_collective=self.engine.forward_is_collective,
+                ).items()
+            }
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0

@@ -133,7 +133,7 @@ def _open_sinks(config: RunConfig, finished_steps: int) -> tuple[list[Sink], flo
 
 def _leave(world: World, error: BaseException) -> NoReturn:
     """Say what happened, tell the other ranks, and end the process even if a thread of the transport hangs."""
-    from thinwire.comm.errors import CommError, NonFiniteWeightsError
+    from thinwire.comm.errors import CommError, NonFiniteGradientError, NonFiniteWeightsError
     from thinwire.comm.onebyte.errors import ModelMismatchError, WeightRangeError
     from thinwire.comm.verdict import Verdict
     from thinwire.dist.checkpoint import CheckpointError
@@ -150,7 +150,15 @@ def _leave(world: World, error: BaseException) -> NoReturn:
         print(f"rank {world.rank}: interrupted", file=sys.stderr)
     elif isinstance(
         error,
-        (CommError, CheckpointError, NonFiniteError, NonFiniteWeightsError, ModelMismatchError, WeightRangeError),
+        (
+            CommError,
+            CheckpointError,
+            NonFiniteError,
+            NonFiniteGradientError,
+            NonFiniteWeightsError,
+            ModelMismatchError,
+            WeightRangeError,
+        ),
     ):
         print(told, file=sys.stderr)
     elif isinstance(error, PreflightError):

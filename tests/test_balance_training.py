@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, small_config, torch_world
 
+from thinwire.dist import domain_data
 from thinwire.dist.config import ConfigError, RunConfig
+from thinwire.dist.domains import Domain
 from thinwire.dist.metrics import Record
 from thinwire.dist.train import Trainer
 
@@ -122,6 +124,27 @@ def test_a_level_of_the_machine_can_be_balanced_by_itself(tmp_path: Path) -> Non
     assert loads[0] == loads[1] != loads[2] == loads[3]
     with pytest.raises(ValueError, match=r"balance\.within: the mesh has no level 'rack'"):
         train(mixture(tmp_path, "rack", "{coef: 0.5, scope: node, within: rack}"))
+
+
+def test_an_evaluation_tells_of_each_domain_whoever_scores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [[bytes([65 + kind + i % width for i in range(3000)])] for kind, width in enumerate((2, 5, 11))]
+    domains = [Domain(name, text, text) for name, text in zip(("few", "some", "many"), texts, strict=True)]
+    monkeypatch.setattr(domain_data, "installed_domains", lambda validation_fraction: domains)
+    found = []
+    for name, sizes, overrides in (("one", (1,), []), ("two", (2,), []), ("shards", (2,), [PARTITION])):
+        config = mixture(
+            tmp_path, name, "{coef: 0.5}", "train.steps=1", "train.eval_windows=14", "train.eval_batch=2",
+            "data={corpus: domains, samples_per_domain: 4}", "optimizer.lr=1.0e-30", *overrides,
+        )  # fmt: skip
+        for trained in train(config, sizes):
+            told = trained.records[-1]["val_domains"]
+            perplexity = told.pop("perplexity")
+            found.append((list(perplexity.values()), list(told.values())))
+    assert list(perplexity) == ["few", "some", "many"]
+    assert list(told) == ["specialisation", "max_frequency", "top_k_score", "overlap"]
+    for other in found[1:]:
+        assert other[0] == pytest.approx(found[0][0], rel=1e-6)
+        assert other[1] == pytest.approx(found[0][1], rel=1e-6)
 
 
 def test_bf16_counts_and_pulls_like_fp32(tmp_path: Path) -> None:
