@@ -21,6 +21,7 @@ class RunOutcome:
     seconds, losses: one point per step. validation: (seconds, loss in nats) of each evaluation.
     interface_bytes_mean: what the network interface counted; None where the ranks shared an interface.
     modelled: the link's share of the times was computed from bytes and rate, not measured.
+    busiest_expert: its selections over the mean, in the worst layer, at the end; None = there are no experts.
     """
 
     label: str
@@ -34,6 +35,7 @@ class RunOutcome:
     sent_bytes_mean: float
     interface_bytes_mean: float | None
     modelled: bool
+    busiest_expert: float | None = None
 
 
 def read_outcome(label: str, folder: Path, *, modelled_bps: float | None) -> RunOutcome:
@@ -70,6 +72,7 @@ def read_outcome(label: str, folder: Path, *, modelled_bps: float | None) -> Run
         sent_bytes_mean=statistics.mean(sent),
         interface_bytes_mean=None if shared_interface else statistics.mean(r["interface_sent_bytes"] for r in records),
         modelled=modelled_bps is not None,
+        busiest_expert=_busiest_expert(records[-1]),
     )
 
 
@@ -93,6 +96,10 @@ def print_table(outcomes: Sequence[RunOutcome], *, title: str) -> None:
         ("  interface / metered", _overhead),
         ("steps per second, against the first", lambda o: f"{outcomes[0].step_s_median / o.step_s_median:.2f}x"),
     ]
+    if any(outcome.busiest_expert is not None for outcome in outcomes):
+        rows.append(
+            ("busiest expert, times the mean", lambda o: f"{o.busiest_expert:.2f}" if o.busiest_expert else "-")
+        )
     for name, value in rows:
         table.add_row(name, *(value(outcome) for outcome in outcomes))
     console.print(table)
@@ -124,6 +131,11 @@ def draw_curves(outcomes: Sequence[RunOutcome], path: Path, *, title: str) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)
+
+
+def _busiest_expert(record: dict[str, Any]) -> float | None:
+    violation = record.get("balance", {}).get("max_violation")
+    return None if violation is None else 1 + violation
 
 
 def _bytes(count: float | None) -> str:

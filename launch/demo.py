@@ -22,11 +22,15 @@ from thinwire.launch.lab import Lab, LabError, why_not
 
 @dataclass(frozen=True)
 class Variant:
-    """One run of the demo: a label for the table, and the settings that make it differ from its file in configs/."""
+    """One run of the demo: a label for the table, and the settings that make it differ from its file in configs/.
+
+    note: what a reader of the table must know to compare it with the others.
+    """
 
     label: str
     overrides: tuple[str, ...]
     config: str = "demo.yaml"
+    note: str = ""
 
 
 _LOW_RANK = "method={kind: compress, compressor: {kind: lowrank, rank: 16, dtype: bf16}, clip: after}"
@@ -44,7 +48,18 @@ VARIANTS = (
     Variant("SparseLoCo", (_SPARSELOCO,)),
     Variant("partition, 4 bits", (), "demo_partition.yaml"),
     Variant("gossip, one merge", (), "demo_gossip.yaml"),
-    Variant("one byte, after fp32", ("checkpoint.resume=FOLDER/all-reduce-fp32/checkpoints",), "demo_onebyte.yaml"),
+    Variant(
+        "experts, balanced",
+        (),
+        "demo_moe.yaml",
+        note="another model: a token meets as many weights, out of three times as many; gradients in 4 bits",
+    ),
+    Variant(
+        "one byte, after fp32",
+        ("checkpoint.resume=FOLDER/all-reduce-fp32/checkpoints",),
+        "demo_onebyte.yaml",
+        note="begins with the weights at which the first run has ended",
+    ),
 )
 
 
@@ -87,6 +102,9 @@ def demo(*, hosts: int, rate_bps: float, steps: int | None, folder: Path) -> int
     print_table(
         outcomes, title=f"{hosts} hosts, {format_rate(rate_bps)} each" + (", link modelled" if obstacle else "")
     )
+    for variant in VARIANTS:
+        if variant.note:
+            print(f"{variant.label}: {variant.note}")
     draw_curves(outcomes, folder / "loss.png", title=f"GPT on {hosts} hosts joined by {format_rate(rate_bps)}")
     print(f"\nloss against seconds: {folder / 'loss.png'}; every step: {folder}/*/metrics.jsonl")
     return 0

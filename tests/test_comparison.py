@@ -62,5 +62,16 @@ def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rows["seconds per step"] == ["0.400", "0.200"]
     assert rows["steps per second, against the first"] == ["1.00x", "2.00x"]
     assert rows["interface / metered"] == ["1.0500", "1.0500"]
+    assert "busiest expert" not in table
     draw_curves([slow, fast], tmp_path / "plots" / "loss.png", title="2 hosts")
     assert (tmp_path / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_with_experts_say_how_even_the_loads_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dense, experts = (write_run(tmp_path / name, exposed_ms=1.0, sent_bytes=1) for name in "ab")
+    *earlier, last = (experts / "metrics.jsonl").read_text().splitlines()
+    ended = json.dumps({**json.loads(last), "balance": {"max_violation": 0.25}})
+    (experts / "metrics.jsonl").write_text("\n".join([*earlier, ended]) + "\n")
+    print_table([read_outcome(folder.name, folder, modelled_bps=None) for folder in (dense, experts)], title="2 hosts")
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "busiest expert" in line]
+    assert [cell.strip() for cell in row.split("│")[2:4]] == ["-", "1.25"]
