@@ -1,10 +1,10 @@
 """Claim: balancing over the global batch costs less than 1 % of a step on links with 50 ms delay, in mode stale.
 
-    python benchmarks/balance_overhead.py [--delay 50ms] [--gradients lowrank none] [--json FILE] [--plot FILE]
+    python benchmarks/balance_overhead.py [--delay 50ms] [--gradients none int4] [--json FILE] [--plot FILE]
 
 Four emulated hosts train a GPT with experts; the ways to balance take turns in blocks of steps within one run, so that
 whatever else the machine does hits all alike, and each block is compared with the block without balancing of its round.
-Gradients are exchanged by low rank, or not at all, as in the local steps of DiLoCo: then nothing but the counts crosses
+Gradients are exchanged in 4 bits, or not at all, as in the local steps of DiLoCo: then nothing but the counts crosses
 the links, and nothing hides what they cost.
 
 The ways: none; micro, the loss of each micro-batch alone, which computes as much and sends nothing; stale; late, with
@@ -43,7 +43,7 @@ MODEL = {
     "layers": 4,
     "heads": 4,
     "width": 256,
-    "context": 128,
+    "context": 256,
     "experts": 16,
     "top_k": 2,
     "expert_width": 256,
@@ -56,10 +56,10 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--delay", default="50ms", help="one way")
-    parser.add_argument("--gradients", nargs="+", default=["none", "lowrank"], choices=["none", "lowrank"])
+    parser.add_argument("--gradients", nargs="+", default=["none", "int4"], choices=["none", "int4"])
     parser.add_argument("--rounds", type=int, default=24, help="blocks of steps without balancing")
     parser.add_argument("--seldom", type=int, default=8, help="rounds from one block of the slow ways to the next")
-    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--micro-batches", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8, help="sequences of a micro-batch on a host")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table there")
     options = parser.parse_args()
@@ -153,7 +153,7 @@ def draw(rows: Sequence[Row], options: Any) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(options.gradients), figsize=(11, 3.6), dpi=120, layout="constrained")
-    titles = {"none": "no gradient exchange (local steps)", "lowrank": "gradients by low rank 4"}
+    titles = {"none": "no gradient exchange (local steps)", "int4": "gradients in 4 bits"}
     for axes, gradients in zip(panels if len(options.gradients) > 1 else [panels], options.gradients, strict=True):
         shown = [r for r in rows if r["gradients"] == gradients][::-1]
         seconds = [float(r["step_ms"]) / 1e3 for r in shown]

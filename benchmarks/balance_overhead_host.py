@@ -110,12 +110,12 @@ def main() -> None:
 
 
 def with_gradients(model: nn.Module, gradients: str, world: World) -> nn.Module:
-    """How gradients are exchanged: by low rank, or not at all, as in the local steps of DiLoCo."""
+    """How gradients are exchanged: in 4 bits, or not at all, as in the local steps of DiLoCo."""
     if gradients == "none":
         return model
-    assert gradients == "lowrank", gradients
+    assert gradients == "int4", gradients
     ddp = DistributedDataParallel(model, process_group=world.group, gradient_as_bucket_view=True)
-    tw.compress(ddp, compressor=tw.LowRank(rank=4, dtype="bf16"), queue=world.queue)
+    tw.compress(ddp, compressor="int4", queue=world.queue)
     return ddp
 
 
