@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -52,6 +53,10 @@ class Columns:
         fixed = self.faults.stop
         fitted[..., :fixed] = rows[..., :fixed]
         return fitted
+
+    def of_tally(self, tally: Tensor) -> Tensor:
+        """The row of what kernels.route has counted, (num_experts + 3,) int32 in our order; histograms are empty."""
+        return F.pad(tally, (0, self.width - len(tally))) if self.bins else tally
 
     def row(self, logits: Tensor, selected: Tensor, valid: Tensor | None) -> Tensor:
         """Count all but the histograms: (width,) int32, on the device of the logits, without waiting for it.

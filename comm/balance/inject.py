@@ -29,6 +29,18 @@ class Recorder(Protocol):
         """The gradient to add, in the backward pass."""
         ...
 
+    def own_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor | None:
+        """As present_bias(); None where there is no bias. For fused.py, as are the next two."""
+        ...
+
+    def count_tally(self, layer: str, logits: Tensor, tally: Tensor, valid: Tensor | None, grad: bool) -> int:
+        """As count(), of what kernels.route has tallied."""
+        ...
+
+    def pull_on(self, layer: str, unit: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """What router_gradient() takes as pull and z_scale, in the backward pass."""
+        ...
+
 
 _recorders: WeakValueDictionary[int, Recorder] = WeakValueDictionary()
 _handles = itertools.count()
@@ -39,6 +51,11 @@ def register(recorder: Recorder) -> int:
     handle = next(_handles)
     _recorders[handle] = recorder
     return handle
+
+
+def recorder(handle: int) -> Recorder:
+    """What register() was given."""
+    return _recorders[handle]
 
 
 def inject(logits: Tensor, selected: Tensor, valid: Tensor | None, handle: int, layer: str, grad: bool) -> Tensor:
