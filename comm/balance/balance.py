@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,23 +13,22 @@ from torch.distributed import ProcessGroup
 
 from thinwire.comm.balance.arguments import check_router, check_step, near_ranks
 from thinwire.comm.balance.bias import QuantileBiasSettings, SelectionBias, SignBiasSettings
-from thinwire.comm.balance.bus import StatisticsBus
 from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
 from thinwire.comm.balance.describe import describe
 from thinwire.comm.balance.errors import FAULTS
-from thinwire.comm.balance.fused import Routing, apply, route_experts
 from thinwire.comm.balance.inject import inject, register, selection_bias
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.load_metrics import load_metrics
 from thinwire.comm.balance.margins import margin_histogram
-from thinwire.comm.balance.modes.build import build_mode
+from thinwire.comm.balance.modes.build import build_bus, build_mode
 from thinwire.comm.balance.modes.mode import Setting
 from thinwire.comm.balance.recompute import recognise
 from thinwire.comm.balance.replay import in_backward, will_be_recomputed
 from thinwire.comm.balance.settings import BalanceSettings, ModeName, Scope
 from thinwire.comm.balance.step_units import StepUnits
 from thinwire.comm.balance.target import fractions_of
+from thinwire.comm.gossip.graphs import EachGraph
 from thinwire.comm.queue import CommQueue, open_queue
 from thinwire.kernels.router_gradient import Score, router_gradient
 
@@ -56,7 +55,7 @@ class LoadBalance:
         stale   the last step's (default): one message per step, and nobody waits
         ema     a moving average of past steps; so too
         hier    this step's within `inner`, the last step's beyond
-        gossip  dynamic average consensus with a few neighbours
+        gossip  as stale, of counts that neighbours have told each other: no message to all
 
     Where we differ from the paper: no blocking message per layer, but one for all layers, on a CommQueue; tokens are
     weighted equally whatever their number per rank, and padding is left out; a recomputed forward pass counts once.
@@ -75,6 +74,7 @@ class LoadBalance:
             gradients, not only its loss, by their number.
         loss_scale: gives the present scale of the trainer's loss: GradScaler.get_scale.
         micro_coef, z_coef, decay: see BalanceSettings.
+        graph: mode gossip: settings of an undirected graph of comm.gossip, or its kind; default: "ring".
         bias: "sign", "quantile", or settings of one; needs a call of bias() in each router. See BalanceSettings.
         score: of the gate: "softmax" or "sigmoid".
         inner: groups of near ranks, each ascending, for scope node and mode hier.
@@ -106,6 +106,7 @@ class LoadBalance:
         micro_coef: float = 0.0,
         z_coef: float = 0.0,
         decay: float | None = None,
+        graph: EachGraph | Mapping[str, Any] | str | None = None,
         bias: SignBiasSettings | QuantileBiasSettings | Mapping[str, Any] | str | None = None,
         score: Score = "softmax",
         inner: Sequence[Sequence[int]] | None = None,
@@ -122,6 +123,7 @@ class LoadBalance:
                 "micro_coef": micro_coef,
                 "z_coef": z_coef,
                 "bias": bias,
+                "graph": graph,
             }
         )
         check_router(num_experts, top_k, score)
@@ -139,7 +141,7 @@ class LoadBalance:
         near = near_ranks(inner, self._queue.rank, self._queue.size, what_for)
         told = {"top_k": top_k, "score": score, "ranks": ranks, "accumulation": accumulation, "inner": inner}
         same = [f"{name} = {value}" for name, value in (self.settings.model_dump() | told).items()]
-        self._bus = StatisticsBus(self._queue, self._layers, self._columns, near, same)
+        self._bus = build_bus(self.settings, self._queue, self._layers, self._columns, near, same)
         self._setting = Setting(self._bus, self._columns, self._queue.size, micro_batches, near=scope == "node")
         self._mode = build_mode(self.settings, self._setting)
         self._steps = StepUnits(self._layers, self._mode, self._setting)
@@ -167,40 +169,6 @@ class LoadBalance:
         flat = logits.reshape(-1, self.num_experts)
         out = inject(flat, selected.reshape(-1, self.top_k), valid, self._handle, str(layer), torch.is_grad_enabled())
         return out.view(logits.shape)
-
-    def route(
-        self,
-        layer: str | int,
-        logits: Tensor,
-        valid_mask: Tensor | None = None,
-        *,
-        bias: Tensor | None = None,
-        renormalise: bool = False,
-    ) -> Routing:
-        """All that a router does behind its logits, with the call above, in one kernel; see kernels.route.route().
-
-        The gradient is that of balance(layer, logits, ...) followed by the scores of what was selected. Where nothing
-        is balanced, as in eval mode, it selects and weighs all the same.
-
-        Args:
-            layer, logits, valid_mask: as for the call above; logits in fp32, bf16, fp16 or fp64.
-            bias: (num_experts,), added to the scores for the selection only; default: this LoadBalance's own, if any.
-            renormalise: whether the weights of a token's selected experts are divided by their sum.
-        Returns: selected, (..., top_k) int64, best first; weights, (..., top_k) fp32 or fp64.
-        Raises:
-            ValueError: a shape or dtype other than these, a layer that is not known, or two biases.
-        """
-        self._check(layer, logits, None, valid_mask)
-        if bias is not None and self._bias is not None:
-            raise ValueError("bias: LoadBalance has its own, which it adds itself; give none, or remove its setting")
-        if self._removed or (self._model is not None and not self._model.training):
-            if self._bias is not None:
-                bias = self.bias(layer, logits)
-            return route_experts(
-                logits, self.top_k, valid_mask=valid_mask, bias=bias, score=self._score, renormalise=renormalise
-            )
-        here = (self._handle, str(layer), torch.is_grad_enabled())
-        return apply(logits, valid_mask, bias, self.top_k, self._score, renormalise, *here)
 
     def bias(self, layer: str | int, logits: Tensor) -> Tensor | None:
         """What the router adds to the scores by which tokens select experts, and to nothing else; None without bias.
@@ -254,7 +222,7 @@ class LoadBalance:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what state_dict() gave, on this rank or in a job of another size, whose ranks' totals are equal.
+        """Take back what state_dict() gave on this rank; or of all ranks of a job of another size, as Method says.
 
         Raises:
             ValueError: it is of other layers, or has biases, by which tokens then select, and this has none.
@@ -278,7 +246,9 @@ class LoadBalance:
         if "bias" in of_rank and self._bias is None:
             raise ValueError("balance.bias: the checkpoint has biases, by which its tokens select experts; set bias")
         self._steps.forget()
-        self._mode.load_state_dict(of_rank["mode"])
+        self._mode.load_state_dict(
+            self._mode.resized([old["mode"] for old in state["all_ranks"]]) if "all_ranks" in state else of_rank["mode"]
+        )
         if self._bias is not None:
             self._bias.steps = self._steps.ended
             if "bias" in of_rank:
@@ -325,7 +295,7 @@ class LoadBalance:
             if known.self_weight:
                 numbers["effective_units"] = 1 / known.self_weight
             if known.used is not None:
-                lag = (known.used - fractions_of(known.rows, self._columns)).abs().sum(-1)
+                lag = (known.used.to(known.rows.device) - fractions_of(known.rows, self._columns)).abs().sum(-1)
                 numbers["lag"] = float(lag.mean())
         units = [load_metrics(self._columns.loads(u.rows))["mean_max_violation"] for u in self._steps.filled]
         if units:
@@ -340,18 +310,10 @@ class LoadBalance:
 
     def count(self, layer: str, logits: Tensor, selected: Tensor, valid: Tensor | None, grad: bool) -> int:
         """Count a forward pass: see inject.Recorder."""
-        return self._count(
-            layer, lambda: self._row(layer, logits, valid, self._columns.row(logits, selected, valid)), grad
-        )
-
-    def count_tally(self, layer: str, logits: Tensor, tally: Tensor, valid: Tensor | None, grad: bool) -> int:
-        """Count a forward pass whose selections are counted already: see inject.Recorder."""
-        return self._count(layer, lambda: self._row(layer, logits, valid, self._columns.of_tally(tally)), grad)
-
-    def _count(self, layer: str, row: Callable[[], Tensor], grad: bool) -> int:
         if in_backward():
             self._steps.forward_is_over()
-            return recognise(self._steps.filled, self._layers.number(layer), row()).number
+            row = self._row(layer, logits, selected, valid)
+            return recognise(self._steps.filled, self._layers.number(layer), row).number
         if not grad and not will_be_recomputed():
             return -1
         if self._bias is not None and layer not in self._bias.asked:
@@ -359,13 +321,9 @@ class LoadBalance:
                 f"bias: is set, but the router of layer {layer} has not asked for it; let it select the top_k of its "
                 "scores + balance.bias(layer, logits), or remove bias"
             )
-        counted = row()
+        row = self._row(layer, logits, selected, valid)
         with self._faults_end_the_step():
-            return self._steps.put(self._layers.number(layer), counted).number
-
-    def own_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor | None:
-        """Of a router that leaves its bias to us: see inject.Recorder."""
-        return None if self._bias is None else self.present_bias(layer, logits, grad)
+            return self._steps.put(self._layers.number(layer), row).number
 
     def present_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor:
         """The bias, which changes where a step begins: see inject.Recorder."""
@@ -378,25 +336,23 @@ class LoadBalance:
 
     def pull(self, layer: str, unit: int, logits: Tensor, valid: Tensor | None) -> Tensor:
         """The loss's gradient: see inject.Recorder."""
-        on_scores, z_scale = self.pull_on(layer, unit, logits.device)
-        return router_gradient(logits, on_scores, z_scale, valid, score=self._score)
-
-    def pull_on(self, layer: str, unit: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Its coefficients: see inject.Recorder."""
         self._steps.forward_is_over()
         here = self._steps.unit(unit)
         with self._faults_end_the_step():
             target = self._mode.target(here)
         number, settings = self._layers.number(layer), self.settings
         kappa = self._convention.factor(self._setting.size, self._setting.micro_batches)
-        tokens = target.tokens[number]
-        pull = settings.coef * target.fractions[number]
+        # A checkpoint's tensors may be on another device.
+        tokens = target.tokens[number].to(logits.device)
+        pull = settings.coef * target.fractions[number].to(logits.device)
         if settings.micro_coef:
             pull = pull + settings.micro_coef * fractions_of(here.row(number), self._columns)
         pull = pull * (kappa * self.num_experts / tokens)
-        return pull, kappa * settings.z_coef / tokens if settings.z_coef else None
+        z_scale = kappa * settings.z_coef / tokens if settings.z_coef else None
+        return router_gradient(logits, pull, z_scale, valid, score=self._score)
 
-    def _row(self, layer: str, logits: Tensor, valid: Tensor | None, row: Tensor) -> Tensor:
+    def _row(self, layer: str, logits: Tensor, selected: Tensor, valid: Tensor | None) -> Tensor:
+        row = self._columns.row(logits, selected, valid)
         if self._bias is not None and self._columns.bins:
             bias = self._bias.of(self._layers.number(layer), logits)
             counts = margin_histogram(logits, bias, self.top_k, valid, self._columns.bins, self._score)
@@ -420,7 +376,7 @@ class LoadBalance:
         if rows is not None:
             bias.update(rows)
 
-    def _check(self, layer: object, logits: Tensor, selected: Tensor | None, valid_mask: Tensor | None) -> None:
+    def _check(self, layer: object, logits: Tensor, selected: Tensor, valid_mask: Tensor | None) -> None:
         where = f"layer {layer}"
         if not isinstance(layer, str | int):
             raise ValueError(
@@ -431,11 +387,10 @@ class LoadBalance:
                 f"{where}: logits are {logits.dtype} of shape {tuple(logits.shape)}; allowed: floating, "
                 f"(..., num_experts = {self.num_experts})"
             )
-        wanted = (*logits.shape[:-1], self.top_k)
-        if selected is not None and (selected.shape != wanted or selected.is_floating_point()):
+        if selected.shape != (*logits.shape[:-1], self.top_k) or selected.is_floating_point():
             raise ValueError(
                 f"{where}: selected is {selected.dtype} of shape {tuple(selected.shape)}; allowed: the integers that "
-                f"topk() gives, {wanted}"
+                f"topk() gives, {(*logits.shape[:-1], self.top_k)}"
             )
         if valid_mask is not None and (valid_mask.shape != logits.shape[:-1] or valid_mask.dtype != torch.bool):
             raise ValueError(

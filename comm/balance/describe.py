@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from thinwire.comm.balance.settings import BalanceSettings
 
 
-def own_weight(settings: BalanceSettings, ranks: int, micro_batches: int) -> float | None:
-    """The weight that a micro-batch's own counts have in its f, the mean over micro-batches; None = it depends.
+def own_weight(settings: BalanceSettings, ranks: int, micro_batches: int) -> float:
+    """The weight that a micro-batch's own counts have in its f, the mean over micro-batches.
 
     By as much the loss still presses each micro-batch to be balanced in itself: its expected gradient is that of the
     population's loss, plus this weight times the bias of the loss over a micro-batch. Where all are alike:
 
         micro 1; sync, hier H_M / (n M), H_M = 1 + 1/2 + ... + 1/M; carry, and late if all forward passes come first,
-        1 / (n M); stale, ema 0.
+        1 / (n M); stale, ema, gossip 0.
 
     Args:
         ranks: n, over which f is counted.
@@ -27,10 +27,8 @@ def own_weight(settings: BalanceSettings, ranks: int, micro_batches: int) -> flo
             return sum(1 / m for m in range(1, micro_batches + 1)) / (ranks * micro_batches)
         case "carry" | "late":
             return 1 / (ranks * micro_batches)
-        case "stale" | "ema":
+        case _:  # those of the last step
             return 0.0
-        case _:
-            return None
 
 
 def describe(
@@ -57,9 +55,7 @@ def describe(
     sends = f" with {sends}" if sends else ""
     said = f"{_count(messages, 'message')} per step{sends}" if messages else "sends nothing"
     weight = own_weight(settings, ranks, micro_batches)
-    if weight is None:
-        leaks = ""
-    elif weight:
+    if weight:
         leaks = f"; it sees the diversity of {1 / weight:.3g} micro-batches"
     else:
         leaks = "; no micro-batch is balanced against itself"

@@ -1,16 +1,45 @@
-"""The mode that settings name."""
+"""The mode that settings name, and the bus that it sends by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from thinwire.comm.balance.bus import StatisticsBus
+from thinwire.comm.balance.columns import Columns
+from thinwire.comm.balance.consensus import ConsensusBus
+from thinwire.comm.balance.layer_map import LayerMap
+from thinwire.comm.balance.modes.gossip import Gossip, consensus_graph
+from thinwire.comm.balance.modes.hier import Hier
 from thinwire.comm.balance.modes.mode import Mode, Setting
 from thinwire.comm.balance.modes.own import Own
 from thinwire.comm.balance.modes.prefix import Prefix
 from thinwire.comm.balance.modes.stale import Stale
 from thinwire.comm.balance.settings import BalanceSettings
+from thinwire.comm.gossip.graphs.regular import RingSettings
+from thinwire.comm.queue import CommQueue
+
+
+def build_bus(
+    settings: BalanceSettings,
+    queue: CommQueue,
+    layers: LayerMap,
+    columns: Columns,
+    inner: Sequence[int] | None,
+    told: Sequence[str],
+) -> StatisticsBus:
+    """The bus of a mode: arguments as StatisticsBus has them.
+
+    Raises:
+        ValueError: mode gossip has no such graph of so many ranks.
+    """
+    if settings.mode == "gossip":
+        graph = consensus_graph(settings.graph or RingSettings(), queue.size)
+        return ConsensusBus(queue, layers, columns, told, graph)
+    return StatisticsBus(queue, layers, columns, inner, told)
 
 
 def build_mode(settings: BalanceSettings, setting: Setting) -> Mode:
-    """A mode that has seen nothing yet."""
+    """A mode that has seen nothing yet. Its bus is build_bus()'s."""
     if settings.scope == "micro":
         return Own(setting)
     match settings.timing:
@@ -25,5 +54,7 @@ def build_mode(settings: BalanceSettings, setting: Setting) -> Mode:
         case "ema":
             assert settings.decay is not None
             return Stale(setting, decay=settings.decay)
-        case other:
-            raise NotImplementedError(other)
+        case "hier":
+            return Hier(setting)
+        case "gossip":
+            return Gossip(setting, decay=settings.decay or 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -88,5 +88,9 @@ class Mode(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what state_dict() gave on this rank, or on a rank of a job of another size."""
+        """Take back what state_dict() gave on this rank, or resized(), or another mode."""
+        ...
+
+    def resized(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What load_state_dict() takes, of the states of all ranks of a job of another size."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,10 @@ class Prefix:
         self._before = self._setting.columns.fit(state.get("before"))
         self._known = None
 
+    def resized(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """They are the same in all states."""
+        return states[0]
+
     def _weight(self, place: int) -> float:
         units = self._setting.micro_batches if self._carry and self._before is not None else place + 1
         return self._setting.groups / (self._setting.size * units)
@@ -115,5 +119,5 @@ class Prefix:
         tokens = torch.where(totals.announced > 0, totals.announced.double(), tokens)
         rows = totals.rows.double()
         if self._carry and self._before is not None:
-            rows = rows + self._before * ((of_step - seen) / of_step)
+            rows = rows + self._before.to(rows) * ((of_step - seen) / of_step)
         return target_of(rows, tokens * self._setting.groups, columns)

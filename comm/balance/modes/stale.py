@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,10 @@ class Stale:
             self._average = fractions_of(self._rows, columns)
         self._known = None
 
+    def resized(self, states: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """They are the same in all states."""
+        return states[0]
+
     def _read_previous(self) -> None:
         sent, self._previous = self._previous, None
         if sent is not None:
@@ -105,7 +109,7 @@ class Stale:
 
     def _next(self, average: Tensor | None, rows: Tensor) -> Tensor:
         fractions = fractions_of(rows, self._setting.columns)
-        return fractions if average is None else self._decay * average + (1 - self._decay) * fractions
+        return fractions if average is None else self._decay * average.to(rows.device) + (1 - self._decay) * fractions
 
     def _of_rows(self) -> Target | None:
         if self._rows is None or self._average is None:
