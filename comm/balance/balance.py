@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
 from thinwire.comm.balance.describe import describe
 from thinwire.comm.balance.errors import FAULTS
+from thinwire.comm.balance.fused import Routing, apply, route_experts
 from thinwire.comm.balance.inject import inject, register, selection_bias
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.load_metrics import load_metrics
@@ -170,6 +171,40 @@ class LoadBalance:
         out = inject(flat, selected.reshape(-1, self.top_k), valid, self._handle, str(layer), torch.is_grad_enabled())
         return out.view(logits.shape)
 
+    def route(
+        self,
+        layer: str | int,
+        logits: Tensor,
+        valid_mask: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        renormalise: bool = False,
+    ) -> Routing:
+        """All that a router does behind its logits, with the call above, in one kernel; see kernels.route.route().
+
+        The gradient is that of balance(layer, logits, ...) followed by the scores of what was selected. Where nothing
+        is balanced, as in eval mode, it selects and weighs all the same.
+
+        Args:
+            layer, logits, valid_mask: as for the call above; logits in fp32, bf16, fp16 or fp64.
+            bias: (num_experts,), added to the scores for the selection only; default: this LoadBalance's own, if any.
+            renormalise: whether the weights of a token's selected experts are divided by their sum.
+        Returns: selected, (..., top_k) int64, best first; weights, (..., top_k) fp32 or fp64.
+        Raises:
+            ValueError: a shape or dtype other than these, a layer that is not known, or two biases.
+        """
+        self._check(layer, logits, None, valid_mask)
+        if bias is not None and self._bias is not None:
+            raise ValueError("bias: LoadBalance has its own, which it adds itself; give none, or remove its setting")
+        if self._removed or (self._model is not None and not self._model.training):
+            if self._bias is not None:
+                bias = self.bias(layer, logits)
+            return route_experts(
+                logits, self.top_k, valid_mask=valid_mask, bias=bias, score=self._score, renormalise=renormalise
+            )
+        here = (self._handle, str(layer), torch.is_grad_enabled())
+        return apply(logits, valid_mask, bias, self.top_k, self._score, renormalise, *here)
+
     def bias(self, layer: str | int, logits: Tensor) -> Tensor | None:
         """What the router adds to the scores by which tokens select experts, and to nothing else; None without bias.
 
@@ -310,10 +345,18 @@ class LoadBalance:
 
     def count(self, layer: str, logits: Tensor, selected: Tensor, valid: Tensor | None, grad: bool) -> int:
         """Count a forward pass: see inject.Recorder."""
+        return self._count(
+            layer, lambda: self._row(layer, logits, valid, self._columns.row(logits, selected, valid)), grad
+        )
+
+    def count_tally(self, layer: str, logits: Tensor, tally: Tensor, valid: Tensor | None, grad: bool) -> int:
+        """Count a forward pass whose selections are counted already: see inject.Recorder."""
+        return self._count(layer, lambda: self._row(layer, logits, valid, self._columns.of_tally(tally)), grad)
+
+    def _count(self, layer: str, row: Callable[[], Tensor], grad: bool) -> int:
         if in_backward():
             self._steps.forward_is_over()
-            row = self._row(layer, logits, selected, valid)
-            return recognise(self._steps.filled, self._layers.number(layer), row).number
+            return recognise(self._steps.filled, self._layers.number(layer), row()).number
         if not grad and not will_be_recomputed():
             return -1
         if self._bias is not None and layer not in self._bias.asked:
@@ -321,9 +364,13 @@ class LoadBalance:
                 f"bias: is set, but the router of layer {layer} has not asked for it; let it select the top_k of its "
                 "scores + balance.bias(layer, logits), or remove bias"
             )
-        row = self._row(layer, logits, selected, valid)
+        counted = row()
         with self._faults_end_the_step():
-            return self._steps.put(self._layers.number(layer), row).number
+            return self._steps.put(self._layers.number(layer), counted).number
+
+    def own_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor | None:
+        """Of a router that leaves its bias to us: see inject.Recorder."""
+        return None if self._bias is None else self.present_bias(layer, logits, grad)
 
     def present_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor:
         """The bias, which changes where a step begins: see inject.Recorder."""
@@ -336,6 +383,11 @@ class LoadBalance:
 
     def pull(self, layer: str, unit: int, logits: Tensor, valid: Tensor | None) -> Tensor:
         """The loss's gradient: see inject.Recorder."""
+        on_scores, z_scale = self.pull_on(layer, unit, logits.device)
+        return router_gradient(logits, on_scores, z_scale, valid, score=self._score)
+
+    def pull_on(self, layer: str, unit: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Its coefficients: see inject.Recorder."""
         self._steps.forward_is_over()
         here = self._steps.unit(unit)
         with self._faults_end_the_step():
@@ -343,16 +395,14 @@ class LoadBalance:
         number, settings = self._layers.number(layer), self.settings
         kappa = self._convention.factor(self._setting.size, self._setting.micro_batches)
         # A checkpoint's tensors may be on another device.
-        tokens = target.tokens[number].to(logits.device)
-        pull = settings.coef * target.fractions[number].to(logits.device)
+        tokens = target.tokens[number].to(device)
+        pull = settings.coef * target.fractions[number].to(device)
         if settings.micro_coef:
             pull = pull + settings.micro_coef * fractions_of(here.row(number), self._columns)
         pull = pull * (kappa * self.num_experts / tokens)
-        z_scale = kappa * settings.z_coef / tokens if settings.z_coef else None
-        return router_gradient(logits, pull, z_scale, valid, score=self._score)
+        return pull, kappa * settings.z_coef / tokens if settings.z_coef else None
 
-    def _row(self, layer: str, logits: Tensor, selected: Tensor, valid: Tensor | None) -> Tensor:
-        row = self._columns.row(logits, selected, valid)
+    def _row(self, layer: str, logits: Tensor, valid: Tensor | None, row: Tensor) -> Tensor:
         if self._bias is not None and self._columns.bins:
             bias = self._bias.of(self._layers.number(layer), logits)
             counts = margin_histogram(logits, bias, self.top_k, valid, self._columns.bins, self._score)
@@ -376,7 +426,7 @@ class LoadBalance:
         if rows is not None:
             bias.update(rows)
 
-    def _check(self, layer: object, logits: Tensor, selected: Tensor, valid_mask: Tensor | None) -> None:
+    def _check(self, layer: object, logits: Tensor, selected: Tensor | None, valid_mask: Tensor | None) -> None:
         where = f"layer {layer}"
         if not isinstance(layer, str | int):
             raise ValueError(
@@ -387,10 +437,11 @@ class LoadBalance:
                 f"{where}: logits are {logits.dtype} of shape {tuple(logits.shape)}; allowed: floating, "
                 f"(..., num_experts = {self.num_experts})"
             )
-        if selected.shape != (*logits.shape[:-1], self.top_k) or selected.is_floating_point():
+        wanted = (*logits.shape[:-1], self.top_k)
+        if selected is not None and (selected.shape != wanted or selected.is_floating_point()):
             raise ValueError(
                 f"{where}: selected is {selected.dtype} of shape {tuple(selected.shape)}; allowed: the integers that "
-                f"topk() gives, {(*logits.shape[:-1], self.top_k)}"
+                f"topk() gives, {wanted}"
             )
         if valid_mask is not None and (valid_mask.shape != logits.shape[:-1] or valid_mask.dtype != torch.bool):
             raise ValueError(
