@@ -54,7 +54,8 @@ class Net(nn.Module):
         super().__init__()
         self.kind: Checkpoint = "none"
         self.embedding = nn.Linear(WIDTH, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.layers = [Layer() for _ in range(2)]
+        self.blocks = nn.ModuleList(self.layers)
 
     def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
         x = self.embedding(x)
@@ -68,7 +69,6 @@ class Net(nn.Module):
     def balance_with(self, balance: Balance | None) -> None:
         """Hand it to the routers."""
         for number, layer in enumerate(self.layers):
-            assert isinstance(layer, Layer)
             layer.balance, layer.name = balance, str(number)
 
 

@@ -17,6 +17,7 @@ from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
 from thinwire.comm.balance.describe import describe
 from thinwire.comm.balance.errors import FAULTS
+from thinwire.comm.balance.factor_check import check_factor
 from thinwire.comm.balance.fused import Routing, apply, route_experts
 from thinwire.comm.balance.inject import inject, register, selection_bias
 from thinwire.comm.balance.layer_map import LayerMap
@@ -239,6 +240,34 @@ class LoadBalance:
         if micro_batches is not None:
             self._setting.micro_batches = micro_batches
         self._steps.announced = valid_tokens or 0
+
+    def check_factor(
+        self,
+        router: nn.Module,
+        forward_backward: Callable[[], object],
+        *,
+        gradient: Callable[[nn.Parameter], Tensor | None] | None = None,
+    ) -> None:
+        """Measure what the trainer does to a balancing gradient; ranks, accumulation and loss_scale must say the same.
+
+        A gradient of known size goes into the router's parameter beside its own, in the second of two runs of the same
+        step; what it has become is compared. Counts and sends nothing of the balance. Call it on all ranks, before
+        training and before torch.compile(), and clear the gradients that it leaves.
+
+        Args:
+            router: the module of one layer, or of its gate, with a trained parameter.
+            forward_backward: runs one step's forward and backward passes on the same data each time: clears gradients
+                first, ends when they are reduced and, under AMP, unscaled, and neither clips them nor steps.
+            gradient: reads this rank's part of a parameter's gradient; default: its .grad.
+        Raises:
+            ValueError: on every rank; says which setting to change, and to what.
+        """
+        removed, self._removed = self._removed, True
+        try:
+            here = self._setting
+            check_factor(router, forward_backward, self._convention, self._queue, lambda: here.micro_batches, gradient)
+        finally:
+            self._removed = removed
 
     def finish(self) -> None:
         """Wait for what is under way, and raise what it says; mode stale would do so in the next backward pass."""
