@@ -12,11 +12,12 @@ from ranks import run_ranks
 from torch import Tensor, nn
 
 from thinwire.comm.balance.balance import LoadBalance
+from thinwire.comm.balance.fused import Routing
 from thinwire.dist.models import MoEGPT, build_model
 from thinwire.dist.models.experts import Experts
 from thinwire.dist.models.grouped_product import grouped_product
 from thinwire.dist.models.moe import MoE, MoESettings
-from thinwire.dist.models.router import Router, Routing, lowest_first
+from thinwire.dist.models.router import Router
 
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"layers": 2, "heads": 2, "width": 16, "context": 8, "experts": 5, "top_k": 2}
@@ -85,8 +86,10 @@ def test_groups_may_be_empty() -> None:
 
 
 def test_equal_logits_select_the_lowest_experts() -> None:
-    logits = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 2.0], [3.0, 5.0, 5.0, 4.0]])
-    assert lowest_first(logits, 2).tolist() == [[0, 1], [1, 3], [1, 2]]
+    router = Router(1, 4, 2, gate="softmax", renormalise=False)
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[1.0], [2.0], [1.0], [2.0]]))
+    assert router(torch.tensor([[0.0], [1.0], [-1.0]])).selected.tolist() == [[0, 1], [1, 3], [0, 2]]
 
 
 def test_router_decides_in_fp32_under_autocast_and_in_a_bf16_model() -> None:
@@ -162,7 +165,7 @@ def test_weights_come_back_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_routers_call_balance_in_training_alone(compiled: bool) -> None:
+def test_routers_call_balance_in_training_alone(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
     """The injected gradient is that of the loss as a function of what the routers saw; alone and compiled."""
     coef, tokens = 0.5, some_tokens()
 
@@ -186,8 +189,9 @@ def test_routers_call_balance_in_training_alone(compiled: bool) -> None:
         queue = rank.queue()
         balance = LoadBalance(num_experts=5, top_k=2, coef=coef, mode="late", queue=queue)
         model.balance_with(balance)
-        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-        got = torch.autograd.grad(run(tokens).square().sum(), list(model.parameters()))
+        for layer in model.moe_layers if compiled else ():
+            monkeypatch.setattr(layer, "forward", torch.compile(layer.forward, backend="aot_eager", fullgraph=True))
+        got = torch.autograd.grad(model(tokens).square().sum(), list(model.parameters()))
         model.eval()
         model(tokens)
         messages = balance.metrics()["messages"]
@@ -206,12 +210,41 @@ def test_balance_of_other_experts_is_refused_and_can_be_taken_away() -> None:
         model = model_of()
         with pytest.raises(ValueError, match="num_experts: 4, but the routers of this model have 5"):
             model.balance_with(LoadBalance(num_experts=4, top_k=2, coef=0.1, queue=queue))
+        with pytest.raises(ValueError, match="score: sigmoid, but the routers of this model have softmax"):
+            model.balance_with(LoadBalance(num_experts=5, top_k=2, coef=0.1, score="sigmoid", queue=queue))
         balance = LoadBalance(num_experts=5, top_k=2, coef=0.1, queue=queue)
         model.balance_with(balance)
         assert [layer.router.name for layer in model.moe_layers] == ["blocks.0", "blocks.1"]
         model.balance_with(None)
         model(some_tokens()).sum().backward()
         assert balance.metrics()["messages"] == 0
+        queue.close()
+
+    run_ranks(1, work)
+
+
+def test_biases_choose_in_eval_mode_too_and_weigh_nothing() -> None:
+    def work(rank: Any) -> None:
+        queue = rank.queue()
+        model = model_of(layers=1, gate="sigmoid", renormalise=False)
+        balance = LoadBalance(num_experts=5, top_k=2, coef=0.0, score="sigmoid", bias="sign", queue=queue)
+        model.balance_with(balance)
+        for _ in range(3):
+            model(some_tokens()).sum().backward()
+        router = model.moe_layers[0].router
+        x = torch.randn(200, 16, generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            learning = router(x)
+            bias = balance.bias("blocks.0", x.new_zeros(1, 5))
+            routing = router.eval()(x)
+        assert bias is not None
+        assert bias.any()
+        scores = F.linear(x, router.weight).sigmoid()
+        biased, plain = (z.sort(dim=-1, descending=True, stable=True).indices[:, :2] for z in (scores + bias, scores))
+        assert torch.equal(routing.selected, biased)
+        assert torch.equal(learning.selected, biased)
+        assert not torch.equal(biased, plain)
+        torch.testing.assert_close(routing.weights, scores.gather(-1, biased))
         queue.close()
 
     run_ranks(1, work)

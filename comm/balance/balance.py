@@ -132,7 +132,7 @@ class LoadBalance:
         check_step(micro_batches)
         self.num_experts = num_experts
         self.top_k = top_k
-        self._score: Score = score
+        self.score: Score = score
         self._convention = Convention(ranks, accumulation, loss_scale)
         self._queue = queue or open_queue(group, timeout_s=timeout_s)
         self._layers = LayerMap(layers)
@@ -201,10 +201,10 @@ class LoadBalance:
             if self._bias is not None:
                 bias = self.bias(layer, logits)
             return route_experts(
-                logits, self.top_k, valid_mask=valid_mask, bias=bias, score=self._score, renormalise=renormalise
+                logits, self.top_k, valid_mask=valid_mask, bias=bias, score=self.score, renormalise=renormalise
             )
         here = (self._handle, str(layer), torch.is_grad_enabled())
-        return apply(logits, valid_mask, bias, self.top_k, self._score, renormalise, *here)
+        return apply(logits, valid_mask, bias, self.top_k, self.score, renormalise, *here)
 
     def bias(self, layer: str | int, logits: Tensor) -> Tensor | None:
         """What the router adds to the scores by which tokens select experts, and to nothing else; None without bias.
@@ -413,7 +413,7 @@ class LoadBalance:
     def pull(self, layer: str, unit: int, logits: Tensor, valid: Tensor | None) -> Tensor:
         """The loss's gradient: see inject.Recorder."""
         on_scores, z_scale = self.pull_on(layer, unit, logits.device)
-        return router_gradient(logits, on_scores, z_scale, valid, score=self._score)
+        return router_gradient(logits, on_scores, z_scale, valid, score=self.score)
 
     def pull_on(self, layer: str, unit: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Its coefficients: see inject.Recorder."""
@@ -434,7 +434,7 @@ class LoadBalance:
     def _row(self, layer: str, logits: Tensor, valid: Tensor | None, row: Tensor) -> Tensor:
         if self._bias is not None and self._columns.bins:
             bias = self._bias.of(self._layers.number(layer), logits)
-            counts = margin_histogram(logits, bias, self.top_k, valid, self._columns.bins, self._score)
+            counts = margin_histogram(logits, bias, self.top_k, valid, self._columns.bins, self.score)
             self._columns.margins(row).copy_(counts.view(self.num_experts, -1))
         return row
 

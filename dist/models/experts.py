@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thinwire.comm.balance.fused import Routing
 from thinwire.comm.expert_parallel.exchange import ExpertExchange
 from thinwire.dist.models.by_expert import ByExpert
 from thinwire.dist.models.grouped_product import grouped_product
-from thinwire.dist.models.router import Routing
 
 
 class Experts(nn.Module):

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thinwire.comm.balance.balance import LoadBalance
+from thinwire.comm.balance.fused import Routing, route_experts
 
 Gate = Literal["softmax", "sigmoid"]
-
-
-class Routing(NamedTuple):
-    """What a router decides. selected: (tokens, top_k) int64. weights: (tokens, top_k), of each selected expert."""
-
-    selected: Tensor
-    weights: Tensor
 
 
 class Router(nn.Module):
@@ -38,19 +32,19 @@ class Router(nn.Module):
     def __init__(self, width: int, experts: int, top_k: int, *, gate: Gate, renormalise: bool) -> None:
         super().__init__()
         self.top_k = top_k
-        self.gate = gate
+        self.gate: Gate = gate
         self.renormalise = renormalise
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.balance: LoadBalance | None = None
         self.name = ""
 
     def balance_with(self, balance: LoadBalance | None, name: str) -> None:
-        """Call this in every forward pass, but not in eval mode.
+        """Let this count and balance; in eval mode it only gives its bias, if it has one.
 
         Raises:
-            ValueError: it is for other numbers of experts.
+            ValueError: it is for another router.
         """
-        here = {"num_experts": len(self.weight), "top_k": self.top_k}
+        here = {"num_experts": len(self.weight), "top_k": self.top_k, "score": self.gate}
         for setting, value in here.items():
             given = value if balance is None else getattr(balance, setting)
             if given != value:
@@ -62,24 +56,9 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
-            selected = lowest_first(self._by_which_to_select(logits.detach()), self.top_k)
-            if self.balance is not None and self.training:
-                logits = self.balance(self.name, logits, selected)
-            scores = self._scores(logits)
-            weights = scores.gather(-1, selected)
-            if self.renormalise:
-                weights = weights / weights.sum(-1, keepdim=True)
-            return Routing(selected, weights)
-
-    def _by_which_to_select(self, logits: Tensor) -> Tensor:
-        """Logits order experts as their scores do; a bias is of scores."""
-        bias = self.balance.bias(self.name, logits) if self.balance is not None else None
-        return logits if bias is None else self._scores(logits) + bias
-
-    def _scores(self, logits: Tensor) -> Tensor:
-        return logits.softmax(-1) if self.gate == "softmax" else logits.sigmoid()
-
-
-def lowest_first(scores: Tensor, top_k: int) -> Tensor:
-    """The places of the largest scores of each row, largest first, of equal ones the lowest first; int64."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+            if self.balance is None:
+                return route_experts(logits, self.top_k, score=self.gate, renormalise=self.renormalise)
+            if self.training:
+                return self.balance.route(self.name, logits, renormalise=self.renormalise)
+            bias = self.balance.bias(self.name, logits)
+            return route_experts(logits, self.top_k, bias=bias, score=self.gate, renormalise=self.renormalise)
