@@ -171,13 +171,14 @@ def draw(rows: Sequence[Row], options: Any) -> None:
         )
         for place, (r, length) in enumerate(zip(shown, seconds, strict=True)):
             text = "" if r["balancing"] == BASE else f"{float(r['longer']):+.1%}, "
-            axes.text(length, place, f" {text}{r['messages']} messages", va="center", fontsize=8)
-        axes.set_xlim(0, 1.5 * max(seconds))
+            sent = f"{r['messages']} message{'' if r['messages'] == 1 else 's'}"
+            axes.text(length, place, f" {text}{sent}", va="center", fontsize=8)
+        axes.set_xlim(0, 1.35 * max(seconds))
         axes.set_xlabel("seconds per step")
         axes.set_title(titles[gradients], fontsize=10)
         axes.legend(loc="lower right", fontsize=8)
     figure.suptitle(
-        f"{options.hosts} hosts, {options.rate}, {options.delay} one way: one step with experts balanced over all",
+        f"{options.hosts} hosts, {options.rate}, {options.delay} one way: a step with experts balanced over all hosts",
         fontsize=11,
     )
     figure.savefig(options.plot)

@@ -13,6 +13,7 @@ from torch import Tensor
 from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.balance.count_sum import sum_counts
 from thinwire.comm.balance.functional import expert_counts
+from thinwire.comm.balance.fused import Routing, route_experts
 from thinwire.comm.queue import CommQueue
 from thinwire.dist.models.moe import MoEGPT
 from thinwire.kernels.router_gradient import router_gradient
@@ -70,6 +71,8 @@ class WaitInEveryLayer:
         pull: coef * num_experts / N, with the convention's factor.
     """
 
+    score = "softmax"
+
     def __init__(self, queue: CommQueue, add_up: AddUp, num_experts: int, top_k: int, pull: float) -> None:
         self.num_experts = num_experts
         self.top_k = top_k
@@ -83,16 +86,34 @@ class WaitInEveryLayer:
         """As LoadBalance, but for what activation checkpointing makes of it: the recomputation sends again."""
         if not torch.is_grad_enabled():
             return logits
+        pull = logits.new_empty(self.num_experts)
+        out: Tensor = _Inject.apply(logits, pull)  # type: ignore[no-untyped-call]
+        pull.copy_(self._wait(selected, valid_mask))
+        return out
+
+    def route(
+        self, layer: str | int, logits: Tensor, valid_mask: Tensor | None = None, *, renormalise: bool = False
+    ) -> Routing:
+        """As LoadBalance.route()."""
+        if not torch.is_grad_enabled():
+            return route_experts(logits, self.top_k, valid_mask=valid_mask, renormalise=renormalise)
+        pull = logits.new_empty(self.num_experts)
+        out = _Inject.apply(logits, pull)  # type: ignore[no-untyped-call]
+        routing = route_experts(out, self.top_k, valid_mask=valid_mask, renormalise=renormalise)
+        pull.copy_(self._wait(routing.selected, valid_mask))
+        return routing
+
+    def bias(self, layer: str | int, logits: Tensor | None = None) -> None:
+        """None: tokens select by their scores alone."""
+
+    def _wait(self, selected: Tensor, valid_mask: Tensor | None) -> Tensor:
+        """What pulls, now that all ranks' counts are here."""
         counts = expert_counts(selected, self.num_experts, valid_mask)
         began = time.monotonic()
         total = self._add_up(self._queue, counts)
         self.waited_s += time.monotonic() - began
         self.messages += 1
-        out: Tensor = _Inject.apply(logits, self._pull * (total / total.sum()).float())  # type: ignore[no-untyped-call]
-        return out
-
-    def bias(self, layer: str | int, logits: Tensor | None = None) -> None:
-        """None: tokens select by their scores alone."""
+        return self._pull * (total / total.sum())
 
 
 def one_latency(queue: CommQueue, counts: Tensor) -> Tensor:
@@ -107,12 +128,15 @@ def all_reduce(queue: CommQueue, counts: Tensor) -> Tensor:
 
 
 class _Inject(torch.autograd.Function):
+    """Lets the gradient in. `pull` is filled after the call and before the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, pull: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, pull)
+        ctx.save_for_backward(logits)
+        ctx.pull = pull
         return logits.view_as(logits)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        logits, pull = ctx.saved_tensors
-        return gradients[0] + router_gradient(logits, pull, None, None), None
+        (logits,) = ctx.saved_tensors
+        return gradients[0] + router_gradient(logits, ctx.pull, None, None), None
