@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.balance.fused import Routing, route_experts
 
+__all__ = ["Gate", "Router", "Routing"]
+
 Gate = Literal["softmax", "sigmoid"]
 
 
