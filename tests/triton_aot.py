@@ -23,6 +23,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 _POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
