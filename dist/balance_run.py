@@ -19,12 +19,6 @@ if TYPE_CHECKING:
 
 _NEAR = "node"
 
-# Methods whose ranks have no step, or no backward pass, in common, and why that leaves nothing to balance.
-_WITHOUT = {
-    "gossip": "lets each machine go at a pace of its own, so there is no batch in common to balance over",
-    "onebyte": "has no backward pass, through which alone the loss pulls",
-}
-
 
 class BalanceRunSettings(BalanceSettings):
     """BalanceSettings, and what a run adds.
@@ -63,12 +57,21 @@ def check_balance(config: RunConfig) -> None:
         raise ValueError(
             f"balance: is given, but model.kind: {config.model.kind} has no routers; give model.kind=moe, or remove it"
         )
-    if (why := _WITHOUT.get(config.method.kind)) is not None:
-        raise ValueError(f"balance: is given, but method {config.method.kind} {why}; remove it")
+    if config.method.kind == "onebyte":
+        raise ValueError(
+            "balance: is given, but method onebyte has no backward pass, through which alone the loss pulls; remove it"
+        )
+    if config.method.kind == "gossip" and settings.scope != "micro":
+        raise ValueError(
+            f"balance.scope: {settings.scope}, but under method gossip each machine goes at a pace of its own, so that "
+            "they have no batch in common; give balance.scope=micro"
+        )
 
 
 class RunBalance:
     """The loss in a run: a LoadBalance on a queue of its own, told where each step begins. Collective.
+
+    With scope micro, which sends nothing, it needs no queue.
 
     Args:
         config: with balance.
@@ -93,7 +96,7 @@ class RunBalance:
                 f"engine {config.engine.kind} cannot; give train.micro_batch=auto, or balance.mode=carry or stale"
             )
         inner = _near_ranks(settings, world.mesh) if settings.is_near else None
-        self._queue = world.queue.beside("balance")
+        self._queue = None if settings.scope == "micro" else world.queue.beside("balance")
         self.handle = LoadBalance(
             num_experts=shape.experts,
             top_k=shape.top_k,
@@ -101,7 +104,7 @@ class RunBalance:
             layers=[f"blocks.{layer}" for layer in range(shape.layers) if shape.has_experts(layer)],
             micro_batches=micro_batches,
             inner=inner,
-            queue=self._queue,
+            queue=self._queue or world.queue,
             **{name: getattr(settings, name) for name in BalanceSettings.model_fields},
         )
         model.balance_with(self.handle)
@@ -109,7 +112,7 @@ class RunBalance:
     @property
     def exposed_s(self) -> float:
         """Seconds for which somebody waited for counts."""
-        return self._queue.exposed_s
+        return self._queue.exposed_s if self._queue else 0.0
 
     def describe(self) -> str:
         """One line."""
@@ -122,7 +125,8 @@ class RunBalance:
     def close(self) -> None:
         """Wait for the last message, which may tell of a fault, and end the thread. All ranks have come to the end."""
         self.handle.finish()
-        self._queue.close()
+        if self._queue:
+            self._queue.close()
 
 
 def _near_ranks(settings: BalanceRunSettings, mesh: Mesh) -> Sequence[Sequence[int]]:

@@ -13,6 +13,7 @@ import torch
 
 from thinwire.comm.gossip.door import enter
 from thinwire.comm.gossip.post.machines import meet
+from thinwire.dist.balance_run import RunBalance
 from thinwire.dist.checkpoint_export import export_safetensors
 from thinwire.dist.evaluate import evaluate_alone
 from thinwire.dist.gossip_run import GossipRunSettings, place_among_machines
@@ -61,12 +62,13 @@ class GossipTrainer:
         self.world = world
         self.stop = stop or StopRequest()
         rank, size = place_among_machines(self.settings, world)
-        config.train.share(size)
+        _, micro_batches = config.train.share(size)
         task = build_task(config, world.device)
         self.data, self.model = task.data, task.model
         resolved = config.resolved()
         compare_with_others(task, resolved, world)
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.balance = RunBalance(config, self.model, world, micro_batches=micro_batches) if config.balance else None
         self.optimizer = build_optimizer(config.optimizer, self.model)
         self._local = LocalStep(
             config, self.model, self.optimizer, self.data, rank=rank, size=size, device=world.device
@@ -110,6 +112,7 @@ class GossipTrainer:
                 f"{train.steps} steps of {train.global_batch} sequences ({tokens:,} tokens) on {self.machines} "
                 f"machines: {self._local.micro_batches} x {self._local.micro_batch} on each",
                 f"method gossip: {self.method.describe()}",
+                *([f"balance: {self.balance.describe()}"] if self.balance else []),
                 *([self.state.resumed] if self.state.resumed else []),
                 *(["nothing is left to do"] if self.method.ended else []),
             )
@@ -181,6 +184,7 @@ class GossipTrainer:
             **traffic,
             "compression_ratio": plain_bytes / traffic["sent_bytes"] if traffic["sent_bytes"] else 1.0,
             "method": method.metrics(),
+            **({"balance": self.balance.handle.metrics()} if self.balance else {}),
         }
 
     def _evaluate(self, evaluates: bool) -> Record:

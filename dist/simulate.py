@@ -123,6 +123,10 @@ class SimulatedRun:
                 "methods need all ranks at once, each in a process of its own; run it by thinwire lab --hosts N -- "
                 "thinwire train CONFIG"
             )
+        if config.balance is not None:
+            raise ValueError(
+                "balance: is given, but simulated machines share a process, and count no loads; give balance=null"
+            )
         if config.method.machines is not None:
             raise ValueError(
                 "method.machines: is given, but simulated machines have no addresses, and --hosts says how many they "

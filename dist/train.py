@@ -20,6 +20,7 @@ from thinwire.dist.balance_run import RunBalance
 from thinwire.dist.data import shard
 from thinwire.dist.domain_evaluation import evaluate_domains
 from thinwire.dist.engine.build import build_engine
+from thinwire.dist.engine.expert_parallel import ExpertParallelEngine
 from thinwire.dist.metrics import Record, Sink, StepTraffic
 from thinwire.dist.optimizers import learning_rate
 from thinwire.dist.run_folder import numeric_settings
@@ -142,6 +143,7 @@ class Trainer:
                 f"{self.micro_batches} x {self.micro_batch} on each rank",
                 f"method {method.kind}: each step, this rank sends {sends}",
                 *([self.method.describe()] if isinstance(self.method, DescribedMethod) else []),
+                *([self.engine.describe()] if isinstance(self.engine, ExpertParallelEngine) else []),
                 *([f"balance: {self.balance.describe()}"] if self.balance else []),
                 *([self.state.resumed] if self.state.resumed else []),
                 *(["nothing is left to do"] if self.state.step >= train.steps else []),

@@ -11,10 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, small_config, torch_world
 
+from thinwire.comm.balance.errors import NonFiniteLogitsError
 from thinwire.dist import domain_data
 from thinwire.dist.config import ConfigError, RunConfig
 from thinwire.dist.domains import Domain
+from thinwire.dist.gossip_train import GossipTrainer
 from thinwire.dist.metrics import Record
+from thinwire.dist.simulate import Circumstances, SimulatedRun
 from thinwire.dist.train import Trainer
 
 # Its pull on the routers is as large as that of the text's loss, so that a wrong factor is another step.
@@ -27,25 +30,31 @@ BASE = (MODEL, TRAIN, "optimizer={kind: sgd, lr: 0.1}")
 PARTITION = "method={kind: partition, preset: zero3}"
 
 
-class Trained:
-    """A rank's run. weights: its shards, at the end."""
-
-    def __init__(self, trainer: Trainer) -> None:
+class Memory:
+    def __init__(self) -> None:
         self.records: list[Record] = []
-        self.text = trainer.describe()
-        assert trainer.balance is not None
-        self.predicted = dict(trainer.balance.handle.predicted_bytes())
-        trainer.run([self])
-        state = trainer.engine.network.state_dict()
-        self.weights = {n: (t.to_local() if isinstance(t, DTensor) else t).detach().clone() for n, t in state.items()}
-        self.norms = [record["grad_norm"] for record in self.records]
-        self.losses = [record["loss"] for record in self.records]
 
     def write(self, record: Record) -> None:
         self.records.append(record)
 
     def close(self) -> None:
         pass
+
+
+class Trained:
+    """A rank's run. weights: its shards, at the end."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        memory = Memory()
+        self.records = memory.records
+        self.text = trainer.describe()
+        assert trainer.balance is not None
+        self.predicted = dict(trainer.balance.handle.predicted_bytes())
+        trainer.run([memory])
+        state = trainer.engine.network.state_dict()
+        self.weights = {n: (t.to_local() if isinstance(t, DTensor) else t).detach().clone() for n, t in state.items()}
+        self.norms = [record["grad_norm"] for record in self.records]
+        self.losses = [record["loss"] for record in self.records]
 
 
 def train(config: RunConfig, sizes: Sequence[int] = (1,)) -> list[Trained]:
@@ -147,6 +156,54 @@ def test_an_evaluation_tells_of_each_domain_whoever_scores_it(tmp_path: Path, mo
         assert other[1] == pytest.approx(found[0][1], rel=1e-6)
 
 
+def test_machines_that_train_for_themselves_can_balance_by_themselves(tmp_path: Path) -> None:
+    """Before they exchange anything their gradients are those of local SGD, whose ranks do as much by themselves."""
+
+    def work(rank: TorchRank) -> list[Record]:
+        world = torch_world(rank)
+        try:
+            memory = Memory()
+            GossipTrainer(
+                mixture(tmp_path, "gossip", micro, "method={kind: gossip}", "train.micro_batch=2"), world
+            ).run([memory])
+            return memory.records
+        finally:
+            close_world(world)
+
+    micro = "{coef: 1.0, scope: micro}"
+    gossip = run_torch_ranks((2,), work)
+    overrides = ["method={kind: local_sgd, every: 3}", "train.micro_batch=2"]
+    local = train(mixture(tmp_path, "local", micro, *overrides), (2,))
+    other = train(mixture(tmp_path, "other", "{coef: 2.0, scope: micro}", *overrides), (2,))
+    for rank in range(2):
+        assert gossip[rank][0]["grad_norm"] == pytest.approx(local[rank].norms[0], rel=1e-6)
+        assert local[rank].norms[0] != pytest.approx(other[rank].norms[0], rel=1e-2)
+        assert gossip[rank][-1]["balance"]["messages"] == 0
+    assert local[0].norms != local[1].norms
+    with pytest.raises(ValueError, match="balance: is given, but simulated machines"):
+        SimulatedRun(mixture(tmp_path, "simulated", micro, "method={kind: gossip}"), Circumstances(2))
+
+
+def test_router_logits_that_are_not_finite_are_reported_by_all(tmp_path: Path) -> None:
+    """In mode sync before there is a gradient, with the layer; the other modes' step reports have the rank."""
+
+    def work(rank: TorchRank) -> str:
+        world = torch_world(rank)
+        try:
+            trainer = Trainer(mixture(tmp_path, "broken", "{coef: 0.1, mode: sync}"), world)
+            if rank.rank == 1:
+                with torch.no_grad():
+                    trainer.engine.network.get_parameter("blocks.1.mlp.router.weight")[0, 0] = torch.nan
+            with pytest.raises(NonFiniteLogitsError) as caught:
+                trainer.run()
+            return str(caught.value)
+        finally:
+            close_world(world)
+
+    for told in run_torch_ranks((2,), work):
+        assert "logits: those of rank 1 are NaN or infinite in layer blocks.1" in told
+
+
 def test_bf16_counts_and_pulls_like_fp32(tmp_path: Path) -> None:
     (fp32,) = train(mixture(tmp_path, "fp32", "{coef: 0.5}"))
     (bf16,) = train(mixture(tmp_path, "bf16", "{coef: 0.5}", "train.precision=bf16"))
@@ -166,7 +223,7 @@ def test_bf16_counts_and_pulls_like_fp32(tmp_path: Path) -> None:
         (["balance={coef: 0.1, within: node}"], r"balance: within: node, but only scope: node and mode: hier"),
         (["balanc={coef: 0.1}"], r"balanc: unknown key; did you mean balance\?"),
         (["model={kind: gpt, layers: 1, heads: 2, width: 32, context: 32}"], r"model\.kind: gpt has no routers"),
-        (["method={kind: gossip}"], r"balance: is given, but method gossip .* remove it"),
+        (["method={kind: gossip}"], r"balance\.scope: global, but under method gossip .* give balance\.scope=micro"),
         (["method={kind: onebyte}"], r"balance: is given, but method onebyte has no backward pass"),
     ],
 )

@@ -55,12 +55,16 @@ def describe(
     sends = f" with {sends}" if sends else ""
     said = f"{_count(messages, 'message')} per step{sends}" if messages else "sends nothing"
     weight = own_weight(settings, ranks, micro_batches)
-    if weight:
-        leaks = f"; it sees the diversity of {1 / weight:.3g} micro-batches"
+    if not settings.coef:
+        leaks = ""
+    elif weight:
+        leaks = f"; f has the diversity of {1 / weight:.3g} micro-batch{'' if weight == 1 else 'es'}"
     else:
         leaks = "; no micro-batch is balanced against itself"
+    bias = f", bias {settings.bias.kind}" if settings.bias else ""
     return (
-        f"scope {settings.scope}{mode} ({what}), coef {settings.coef:g} in {where}{num_experts} experts; {said}{leaks}"
+        f"scope {settings.scope}{mode} ({what}), coef {settings.coef:g}{bias} in {where}{num_experts} experts; "
+        f"{said}{leaks}"
     )
 
 

@@ -47,6 +47,10 @@ class ExpertParallelEngine(DDPEngine):
         """Seconds for which somebody waited for one of the two queues."""
         return self._queue.exposed_s + self._experts.exposed_s
 
+    def describe(self) -> str:
+        """A line for the start of a run."""
+        return self._experts.describe()
+
     def step(self) -> float:
         """Experts are averaged here, the others were in the backward pass."""
         self._experts.average_gradients()
