@@ -144,8 +144,10 @@ def test_two_slurm_nodes(slurm_environment: dict[str, str] | NoSlurmError, tmp_p
     assert [[rank, local_rank] for rank, local_rank, _ in heard] == [[0, 0], [1, 1], [2, 0]]
 
 
+# Experts, so that the counts' queue beside that of the gradients meets under every launcher, too.
 CONFIG = """\
-model: {kind: gpt, layers: 2, heads: 2, width: 32, context: 32}
+model: {kind: moe, layers: 2, heads: 2, width: 32, context: 32, experts: 4, top_k: 2, expert_width: 32}
+balance: {coef: 0.01}
 data: {corpus: files, files: [TEXT]}
 schedule: {kind: cosine, warmup_steps: 1}
 train: {steps: 4, global_batch: 4}
@@ -166,6 +168,7 @@ def test_one_loss_bit_for_bit(launcher: Launcher, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records] + [records[-1]["val_loss"]]
     assert len(losses) == 5
+    assert records[-1]["balance"]["messages"] == 4
     losses_of[launcher.name] = losses
     # JSON holds every digit of a float: equal numbers are equal bits.
     assert losses == next(iter(losses_of.values())), f"{launcher.name} differs from {next(iter(losses_of))}"
