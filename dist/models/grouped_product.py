@@ -32,11 +32,10 @@ def _product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     if has_grouped_kernel(rows, matrices.shape[-1]):
         return torch._grouped_mm(rows.contiguous(), matrices, ends)
     out = rows.new_empty(len(rows), matrices.shape[-1])
-    begin = 0
-    for group, end in enumerate(ends.tolist()):
-        if end > begin:
-            torch.mm(rows[begin:end], matrices[group], out=out[begin:end])
-        begin = end
+    sizes = _sizes(ends)
+    for part, matrix, result in zip(rows.split(sizes), matrices.unbind(), out.split(sizes), strict=True):
+        if len(part):
+            torch.mm(part, matrix, out=result)
     return out
 
 
@@ -46,14 +45,14 @@ def _outer(rows: Tensor, others: Tensor, ends: Tensor) -> Tensor:
     if has_grouped_kernel(rows, others.shape[-1]):
         return torch._grouped_mm(rows.contiguous().t(), others.contiguous(), ends)
     out = rows.new_empty(len(ends), rows.shape[-1], others.shape[-1])
-    begin = 0
-    for group, end in enumerate(ends.tolist()):
-        if end > begin:
-            torch.mm(rows[begin:end].t(), others[begin:end], out=out[group])
-        else:
-            out[group].zero_()
-        begin = end
+    sizes = _sizes(ends)
+    for part, other, result in zip(rows.split(sizes), others.split(sizes), out.unbind(), strict=True):
+        torch.mm(part.t(), other, out=result)  # zeros where there are no rows
     return out
+
+
+def _sizes(ends: Tensor) -> list[int]:
+    return torch.diff(ends, prepend=ends.new_zeros(1)).tolist()
 
 
 def has_grouped_kernel(rows: Tensor, outer: int) -> bool:
