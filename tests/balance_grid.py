@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+
+from thinwire.comm.balance.balance import LoadBalance
 
 WIDTH, EXPERTS, TOP_K = 4, 5, 2
 COEF, Z_COEF = 0.7, 0.05
@@ -95,6 +98,15 @@ def make_batches(layout: Layout, ranks: int, micro_batches: int, dtype: torch.dt
         return x, torch.randperm(tokens, generator=generator) < kept if layout == "padded" else None
 
     return [[batch(rank, place) for place in range(micro_batches)] for rank in range(ranks)]
+
+
+def alone(dtype: torch.dtype = torch.float64, coef: float = COEF, **settings: Any) -> tuple[LoadBalance, Net]:
+    """A balance in a world of one, and a model with it."""
+    queue = run_ranks(1, lambda rank: rank.queue())[0]
+    balance = LoadBalance(num_experts=EXPERTS, top_k=TOP_K, coef=coef, queue=queue, **settings)
+    net = make_net(dtype)
+    net.balance_with(balance)
+    return balance, net
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from balance_grid import EXPERTS, TOP_K, Checkpoint, Net, Trainer, Way, make_batches, make_net
+from balance_grid import EXPERTS, TOP_K, Checkpoint, Net, Trainer, Way, alone, make_batches, make_net
 from ranks import Rank, run_ranks
 from torch import nn
 from torch_threads import TorchRank, run_torch_ranks
@@ -16,15 +16,6 @@ from torch_threads import TorchRank, run_torch_ranks
 from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.balance.convention import Combine, Convention
 from thinwire.comm.balance.factor_check import Reading, diagnose
-
-
-def alone(**settings: Any) -> tuple[LoadBalance, Net]:
-    """A balance in a world of one, and a model with it."""
-    queue = run_ranks(1, lambda rank: rank.queue())[0]
-    balance = LoadBalance(num_experts=EXPERTS, top_k=TOP_K, coef=0.1, queue=queue, **settings)
-    net = make_net(torch.float32)
-    net.balance_with(balance)
-    return balance, net
 
 
 def accumulate(net: nn.Module, passes: int, scale: float = 1.0) -> None:
@@ -80,7 +71,7 @@ def test_gradients_that_were_not_reduced_are_told_from_a_mean() -> None:
 def test_accumulation() -> None:
     """A trainer that divides gradients by their number; one that divides only its loss changes nothing."""
     for accumulation, passes in (("mean", True), ("sum", False)):
-        balance, net = alone(micro_batches=4, accumulation=accumulation)
+        balance, net = alone(torch.float32, micro_batches=4, accumulation=accumulation)
 
         def divided(net: Net = net) -> None:
             accumulate(net, 4)
@@ -100,7 +91,7 @@ def test_a_scaled_loss() -> None:
     """As GradScaler has it: the scale is measured where the setting is missing, and so are gradients left scaled."""
     for given in (True, False):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-        balance, net = alone(loss_scale=scaler.get_scale if given else None)
+        balance, net = alone(torch.float32, loss_scale=scaler.get_scale if given else None)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 
         def step(unscale: bool, net: Net = net, scaler: Any = scaler, optimizer: Any = optimizer) -> None:
@@ -122,7 +113,7 @@ def test_a_scaled_loss() -> None:
 
 def test_what_cannot_be_measured() -> None:
     """Each says what to do, and the balance goes on as before."""
-    balance, net = alone(micro_batches=2)
+    balance, net = alone(torch.float32, micro_batches=2)
     router = net.layers[0].router
     with pytest.raises(ValueError, match="ran 1 backward passes through the router on rank 0; set micro_batches"):
         balance.check_factor(router, lambda: accumulate(net, 1))
