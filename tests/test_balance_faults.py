@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -217,6 +219,32 @@ def test_two_routers_of_one_name_are_found_out() -> None:
         balance = make(rank, name="unknown", layers=["a"])
         with pytest.raises(ValueError, match="'b' is none of the 1 layers that are balanced, a;"):
             forward(balance, ("b",))
+
+    run_ranks(1, work)
+
+
+def test_a_forward_pass_that_was_broken_off_is_told_once_and_can_be_tried_again() -> None:
+    """As when a trainer catches that the device is out of memory."""
+
+    def work(rank: Rank) -> float:
+        balance = make(rank, layers=["a", "b"], micro_batches=2)
+        forward(balance).backward()
+        forward(balance, ("a",))
+        with pytest.raises(ValueError, match="a forward pass has ended, or begun anew, without b"):
+            forward(balance)
+        forward(balance).backward()
+        return balance.metrics()["messages"]
+
+    assert run_ranks(2, work) == [2.0, 2.0]
+
+
+def test_the_copy_of_a_model_shares_its_balance_and_pickling_is_refused() -> None:
+    def work(rank: Rank) -> None:
+        model = torch.nn.Linear(1, 1)
+        model.balance = balance = make(rank)  # type: ignore[assignment]
+        assert copy.deepcopy(model).balance is balance
+        with pytest.raises(TypeError, match=r"cannot be pickled .* save model.state_dict\(\) instead"):
+            pickle.dumps(model)
 
     run_ranks(1, work)
 

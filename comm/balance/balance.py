@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -369,6 +369,14 @@ class LoadBalance:
     def remove(self) -> None:
         """Leave the logits as they are from now on."""
         self._removed = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LoadBalance:
+        """Itself: the copy of a model, of averaged weights say, has the same balance, and may only be evaluated."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """There is no way to send a message from a file."""
+        raise TypeError("LoadBalance cannot be pickled with the model that holds it; save model.state_dict() instead")
 
     # What the operator calls.
 

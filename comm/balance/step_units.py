@@ -99,6 +99,7 @@ class StepUnits:
         self._layers.complete = True
         missing = [name for number, name in enumerate(self._layers.names) if number not in unit]
         if missing:
+            self._units.remove(unit)  # whoever has caught what broke the forward pass off can try again
             raise ValueError(
                 f"layer: a forward pass has ended, or begun anew, without {', '.join(missing[:3])}; every layer calls "
                 "balance once in every forward pass: give each router a name of its own, and run what is thrown away "
