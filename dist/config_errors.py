@@ -141,7 +141,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) in (Union, types.UnionType):
         if models := _models(annotation):
-            return f"keys and values with kind: {' or '.join(_by_tag(models))}"
+            kinds = " or ".join(_by_tag(models))
+            return f"keys and values with kind: {kinds}" if kinds else _type_name(models[0])
         return " or ".join(_type_name(member) for member in get_args(annotation))
     if get_origin(annotation) in (tuple, list):
         return f"a list, each item {_type_name(get_args(annotation)[0])}"

@@ -32,7 +32,8 @@ class StepTraffic:
     """What the meter, and the network interface, counted from step to step.
 
     Read it where the queue is idle; the training loop does so at each step's end, when every bucket has been waited
-    for, and before it sends the step's report: the 16 bytes of that count for the step after it.
+    for, and before it sends the step's report: the 16 bytes of that count for the step after it. So may a few hundred
+    bytes of expert counts, which nobody has waited for.
 
     Args:
         meter: payload bytes of this rank.
