@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,7 +47,7 @@ def route_on_cpu(
         else:
             torch.logsumexp(z, -1, out=sum_of)
         low, high = torch.aminmax(z)  # NaN wins both
-        if not bool(low.isfinite() & high.isfinite()):
+        if not math.isfinite(low.item() - high.item()):
             wrong = ~z.isfinite().all(-1)
             bad += int((wrong if keep is None else wrong & keep).sum())
         selected[here] = torch.from_numpy(ranks.top(ranked, top_k))
@@ -67,9 +69,12 @@ def _scores(z: Tensor, s: Tensor, sum_of: Tensor, sigmoid: bool) -> None:
 
 
 def _weights(chosen: Tensor, normaliser: Tensor, sigmoid: bool, renormalise: bool) -> Tensor:
-    if not sigmoid:
-        return torch.softmax(chosen, -1) if renormalise else chosen.sub_(normaliser[:, None]).exp_()
-    s = chosen.sigmoid_()
+    if sigmoid:
+        s = chosen.sigmoid_()
+    elif renormalise:
+        s = chosen.sub_(chosen.amax(-1, keepdim=True)).exp_()  # PyTorch's softmax is slow on rows this short
+    else:
+        s = chosen.sub_(normaliser[:, None]).exp_()
     return s.div_(s.sum(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)) if renormalise else s
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -176,9 +177,7 @@ def _softmax_tile(
     if w is not None:
         c = c - p @ w
     if keep is not None:
-        # What is not a token may hold anything, NaN too.
-        c = torch.where(keep > 0, c, 0.0)
-        p.masked_fill_((keep == 0)[:, None], 0.0) if gates is None else None
+        _leave_out(p, c, keep, gates)
     of_gate = None
     if gates is not None:
         of_gate = gates.weights * gates.gradient
@@ -192,9 +191,18 @@ def _softmax_tile(
     elif keep is None:
         p.mul_(torch.add(c[:, None], w, out=scratch[0]))
     else:
-        p.mul_(torch.addr(c[:, None], keep, w, out=scratch[0]))
+        p.mul_(torch.mul(keep[:, None], w, out=scratch[0]).add_(c[:, None]))
     if gates is not None and of_gate is not None:
         p.scatter_add_(-1, gates.selected, of_gate)
+
+
+def _leave_out(p: Tensor, c: Tensor, keep: Tensor, gates: Gates | None) -> None:
+    """Nothing pulls what is not a token; that may hold anything, NaN too."""
+    c.mul_(keep)
+    if not math.isfinite(c.sum().item()):
+        c.masked_fill_(keep == 0, 0.0)
+        if gates is None:
+            p.masked_fill_((keep == 0)[:, None], 0.0)
 
 
 def _sigmoid_tile(
@@ -220,7 +228,9 @@ def _sigmoid_tile(
         lse = torch.logsumexp(z, -1)
         p = torch.sub(z, lse[:, None], out=scratch[1]).exp_()
         out.addcmul_(p, (z_twice * lse)[:, None])
-    if keep is not None:
+    if keep is not None and math.isfinite(out.sum().item()):
+        out.mul_(keep[:, None])
+    elif keep is not None:
         out.masked_fill_((keep == 0)[:, None], 0.0)
     if gates is not None:
         q, g = gates.weights, gates.gradient
