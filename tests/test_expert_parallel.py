@@ -101,11 +101,12 @@ def test_averages_are_the_same_bits_wherever_an_expert_is_held_and_as_many_bytes
         queue = rank.queue()
         gradients = ExpertGradients(queue, groups[rank.rank // 2], [rank.rank % 2, rank.rank % 2 + 2])
         mine = drawn[rank.rank].clone()
-        gradients.average([mine])
+        gradients.start(mine)
+        gradients.finish([mine])
         norm = gradients.total_norm([shared], [mine])
         sent = {level: count for level, count in queue.meter.sent_bytes().items() if count}
         queue.close()
-        return mine, norm, sent, gradients.sent_bytes(mine.numel())
+        return mine, norm, sent, gradients.sent_bytes([mine.numel()])
 
     done = run_ranks(4, work)
     for rank in range(4):

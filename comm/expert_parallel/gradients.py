@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from thinwire.comm.channel import Channel
-from thinwire.comm.queue import CommQueue
+from thinwire.comm.queue import CommQueue, Pending
 from thinwire.comm.two_shot import TwoShotMean
 
 
@@ -20,7 +21,7 @@ class ExpertGradients:
         dL / dW = 1/R * sum over all R of dL_r / dW = 1/P * mean over the R/P ranks that hold the same experts.
 
     Args:
-        queue: as in ExpertExchange.
+        queue: nobody else uses it meanwhile, the rows that travel least of all: they would wait for gradients.
         ranks: that share the experts, P of them. replicas: that hold the same experts; both ascending.
     """
 
@@ -29,20 +30,29 @@ class ExpertGradients:
         self._ranks = list(ranks)
         self._replicas = list(replicas)
         self._mean = TwoShotMean(torch.float32)
+        self._pending: list[Pending[None]] = []
 
-    def average(self, gradients: Sequence[Tensor]) -> None:
-        """Replace the sums over each group by the mean over all ranks: the same bits wherever an expert is held.
+    def start(self, gradient: Tensor) -> None:
+        """Begin to average a gradient that has been added up, while the backward pass goes on.
 
         Args:
-            gradients: fp32, of the same parameters in the same order on all ranks.
+            gradient: contiguous; replaced. The same parameter's on all ranks, in the same order.
         """
-        if len(self._replicas) > 1 and gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
+        if len(self._replicas) == 1:
+            return
+        flat = gradient.view(-1)
+        self._pending.append(
             self._queue.submit(
                 "experts/weight_gradients", lambda channel: self._mean(channel.among(self._replicas), flat)
-            ).wait()
-            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
+            )
+        )
+
+    def finish(self, gradients: Sequence[Tensor]) -> None:
+        """Wait for all that were begun: these. They are the mean over all ranks then, the same bits on each replica."""
+        pending, self._pending = self._pending, []
+        assert len(pending) == (len(gradients) if len(self._replicas) > 1 else 0)
+        for one in pending:
+            one.wait()
         for gradient in gradients:
             gradient.div_(len(self._ranks))
 
@@ -61,15 +71,15 @@ class ExpertGradients:
     def _gather(self, channel: Channel, norm: Tensor) -> Tensor:
         return channel.among(self._ranks).all_gather_same(norm.view(1)).flatten()
 
-    def sent_bytes(self, numel: int) -> dict[str, int]:
-        """Payload bytes that this rank sends per step for so many gradients and their norm, by level."""
-        levels: dict[str, int] = {}
-        place = self._replicas.index(self._queue.rank)
-        sent = {self._replicas[r]: n for r, n in self._mean.sent_bytes(numel, place, len(self._replicas)).items()}
-        for rank in self._ranks:
-            if rank != self._queue.rank:
-                sent[rank] = sent.get(rank, 0) + torch.float32.itemsize
-        for rank, count in sent.items():
-            level = self._queue.meter.level_of(self._queue.peers[rank])
-            levels[level] = levels.get(level, 0) + count
-        return levels
+    def sent_bytes(self, numels: Sequence[int]) -> dict[str, int]:
+        """Payload bytes that this rank sends per step, by level, for gradients of so many elements and their norm."""
+        by_rank = dict.fromkeys((rank for rank in self._ranks if rank != self._queue.rank), torch.float32.itemsize)
+        place, size = self._replicas.index(self._queue.rank), len(self._replicas)
+        for numel in numels:
+            for replica, count in self._mean.sent_bytes(numel, place, size).items():
+                rank = self._replicas[replica]
+                by_rank[rank] = by_rank.get(rank, 0) + count
+        levels: dict[str, int] = defaultdict(int)
+        for rank, count in by_rank.items():
+            levels[self._queue.meter.level_of(self._queue.peers[rank])] += count
+        return dict(levels)

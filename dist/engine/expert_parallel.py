@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -44,15 +45,20 @@ class ExpertParallelEngine(DDPEngine):
 
     @property
     def exposed_s(self) -> float:
-        """Seconds for which somebody waited for one of the two queues."""
+        """Seconds for which somebody waited for one of the three queues."""
         return self._queue.exposed_s + self._experts.exposed_s
 
     def describe(self) -> str:
         """A line for the start of a run."""
         return self._experts.describe()
 
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """The experts' gradients go out with the last one too."""
+        self._experts.is_last = last
+        return super().micro_batch(last=last)
+
     def step(self) -> float:
-        """Experts are averaged here, the others were in the backward pass."""
+        """What the backward pass has begun to average must have ended."""
         self._experts.average_gradients()
         return super().step()
 
@@ -89,7 +95,7 @@ class ExpertParallelEngine(DDPEngine):
         super().load_state({"model": model, "optimizer": {**named, "state": states}}, own, old)
 
     def close(self) -> None:
-        """End the experts' queue."""
+        """End the experts' queues."""
         self._experts.close()
 
     def _total_norm(self) -> Tensor:

@@ -27,7 +27,7 @@ class ExpertShards:
     Args:
         model: the same on every rank; changed in place.
         level: of the mesh.
-    Attributes: names, of the parameters that are spread.
+    Attributes: names, of the parameters that are spread; is_last, whether the next backward pass is a step's last one.
     Raises:
         ValueError: there is no such level, or its groups cannot share the experts equally.
     """
@@ -45,7 +45,8 @@ class ExpertShards:
         except ValueError as error:
             self._queue.close()
             raise ValueError(f"model.{error}, with model.expert_parallel: {level}") from None
-        self._gradients = ExpertGradients(self._queue, own, replicas)
+        self._behind = world.queue.beside("experts/gradients")
+        self._gradients = ExpertGradients(self._behind, own, replicas)
         self._mesh = DeviceMesh(world.device.type, groups, mesh_dim_names=("replicas", "experts"))
         for layer in model.moe_layers:
             layer.experts.share(exchange)
@@ -53,25 +54,29 @@ class ExpertShards:
         self._parameters = {name: p for name, p in model.named_parameters() if id(p) in spread}
         self.names = list(self._parameters)
         self._level, self._first, self._held = level, exchange.first, exchange.held
+        self.is_last = False
+        for parameter in self._parameters.values():
+            parameter.register_post_accumulate_grad_hook(self._added_up)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.names)
 
     @property
     def exposed_s(self) -> float:
         """Seconds for which somebody waited for rows, or for the gradients of experts."""
-        return self._queue.exposed_s
+        return self._queue.exposed_s + self._behind.exposed_s
 
     def describe(self) -> str:
         """A line for the start of a run."""
-        numel = sum(p.numel() for p in self._parameters.values())
-        sent = ", ".join(f"{n:,} bytes over {level}" for level, n in self._gradients.sent_bytes(numel).items())
+        learned = [p.numel() for p in self._parameters.values() if p.requires_grad]
+        sent = ", ".join(f"{n:,} bytes over {level}" for level, n in self._gradients.sent_bytes(learned).items())
         return (
             f"experts: {self._held} of each layer on this rank, the others of {self._level} hold the rest; each step, "
-            f"beside the rows that travel, this rank sends {sent or 'nothing'} for their gradients"
+            f"beside the rows that travel, this rank sends {sent or 'nothing'} for their gradients and norm"
         )
 
     def average_gradients(self) -> None:
-        """After the backward pass: the mean over all ranks, as DDP has made it of the other gradients."""
-        self._gradients.average([p.grad for p in self._parameters.values() if p.grad is not None])
+        """After the last backward pass: the mean over all ranks, as DDP has made it of the other gradients."""
+        self.is_last = False
+        self._gradients.finish([p.grad for p in self._parameters.values() if p.grad is not None])
 
     def total_norm(self, model: nn.Module) -> Tensor:
         """Of the mean gradient of the whole model; the same on all ranks."""
@@ -103,5 +108,11 @@ class ExpertShards:
         return dict.fromkeys(_LIKE_PARAMETERS, self.whole(name, torch.zeros_like(self._parameters[name])))
 
     def close(self) -> None:
-        """End the queue's thread."""
+        """End the queues' threads."""
         self._queue.close()
+        self._behind.close()
+
+    def _added_up(self, parameter: Tensor) -> None:
+        if self.is_last:
+            assert parameter.grad is not None
+            self._gradients.start(parameter.grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class MoESettings(GPTSettings):
     gate: Gate = "softmax"
     renormalise: bool = True
     dense_every: int = Field(0, ge=0)
-    expert_parallel: str | None = None
+    expert_parallel: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")] | None = None
 
     @model_validator(mode="after")
     def _can_choose(self) -> MoESettings:
