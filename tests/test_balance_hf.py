@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import thinwire as tw
 from thinwire.comm.balance.functional import balance_loss, expert_counts
+from thinwire.comm.balance.hugging_face import tie
 
 transformers = pytest.importorskip("transformers")
 
@@ -181,6 +182,37 @@ def test_what_cannot_be_balanced_is_refused() -> None:
         tw.balance_hf(model, wrong)
         with pytest.raises(ValueError, match=r"layer model.layers.0.mlp.gate: logits are .* num_experts = 8"):
             model(words)
+        queue.close()
+
+    run_ranks(1, work)
+
+
+def test_compiled_routers_count_in_the_forward_pass_and_pull_in_the_backward_pass() -> None:
+    """Their logits lead nowhere but to the weights, so a compiler is free to move or drop what is done to them."""
+
+    def work(rank: Rank) -> None:
+        queue = rank.queue()
+        balance = tw.LoadBalance(num_experts=EXPERTS, top_k=TOP_K, coef=COEF, mode="late", queue=queue)
+
+        def route(x: Tensor, w: Tensor) -> Tensor:
+            logits = x @ w
+            weights, selected = logits.softmax(-1).topk(TOP_K)
+            return tie(weights, balance("router", logits, selected))
+
+        generator = torch.Generator().manual_seed(4)
+        x, w = torch.randn(20, 4, generator=generator), torch.randn(4, EXPERTS, generator=generator)
+        found = []
+        for function in (route, torch.compile(route, backend="aot_eager", fullgraph=True)):
+            leaf = w.clone().requires_grad_()
+            out = function(x, leaf)
+            balance.begin_step()  # what was counted is sent
+            assert balance.metrics()["messages"] == len(found) + 1
+            out.sum().backward()
+            found.append((out, leaf.grad))
+        torch.testing.assert_close(found[1], found[0])
+        plain = w.clone().requires_grad_()
+        (x @ plain).softmax(-1).topk(TOP_K).values.sum().backward()
+        assert not torch.allclose(found[0][1], plain.grad)
         queue.close()
 
     run_ranks(1, work)

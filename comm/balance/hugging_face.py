@@ -131,23 +131,29 @@ class BalancedModel:
             logits, weights, selected = output
             valid = _valid_tokens(self._masks[layer], len(logits))
             balanced = self._balance(path, logits, selected, valid)
-            return None if balanced is logits else (logits, _Tie.apply(weights, balanced), selected)  # type: ignore[no-untyped-call]
+            return None if balanced is logits else (logits, tie(weights, balanced), selected)
 
         return hook
 
 
-class _Tie(torch.autograd.Function):
+def tie(weights: Tensor, logits: Tensor) -> Tensor:
     """The weights, through whose backward pass that of the logits runs too, though nothing else is made of them."""
+    tied: Tensor = _Tie.apply(weights, logits)  # type: ignore[no-untyped-call]
+    return tied
 
+
+class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: Tensor, logits: Tensor) -> Tensor:
-        ctx.logits = logits.shape, logits.dtype, logits.device
-        return weights.view_as(weights)
+        ctx.shape, ctx.dtype = logits.shape, logits.dtype
+        # The weights, but made of the logits; and below zero, but made of the gradient: what seems to be no part of a
+        # pass, torch.compile drops or moves to the other one.
+        return torch.where(logits[..., :1].isnan(), torch.nan, weights)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.logits
-        return gradient, torch.zeros(shape, dtype=dtype, device=device)
+        zero = (0 * gradient.sum(-1, keepdim=True)).to(ctx.dtype)
+        return gradient, zero.expand(ctx.shape)
 
 
 def _router_class(module: nn.Module) -> type | None:
