@@ -201,6 +201,10 @@ def test_other_methods_are_refused(tmp_path: Path, overrides: tuple[str, ...], m
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ("model.expert_parallel=world", "train.parameters=['*.experts.*']"),
+            "train.parameters: only experts learn, but with model.expert_parallel: world",
+        ),
         (("model.expert_parallel=rack",), "model.expert_parallel: the mesh has no level 'rack'"),
         (
             ("model.expert_parallel=world", "model.experts=7"),

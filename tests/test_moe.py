@@ -85,6 +85,22 @@ def test_groups_may_be_empty() -> None:
     assert not of_matrices[[0, 2, 4]].any()
 
 
+def test_torchs_grouped_kernel_is_asked_for_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is used on CUDA, in torch's own version for the CPU, which wants rows aligned alike."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(40, 16, generator=generator).requires_grad_()
+    matrices = torch.randn(5, 16, 24, generator=generator).requires_grad_()
+    ends = torch.tensor([0, 17, 17, 30, 40], dtype=torch.int32)
+    ours = grouped_product(rows, matrices, ends)
+    of_ours = gradients(ours, rows, matrices)
+    monkeypatch.setattr("thinwire.dist.models.grouped_product.has_grouped_kernel", lambda rows, outer: True)
+    theirs = grouped_product(rows, matrices, ends)
+    of_theirs = gradients(theirs, rows, matrices)
+    for one, other in zip((ours, *of_ours), (theirs, *of_theirs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert one.shape == other.shape
+
+
 def test_equal_logits_select_the_lowest_experts() -> None:
     router = Router(1, 4, 2, gate="softmax", renormalise=False)
     with torch.no_grad():

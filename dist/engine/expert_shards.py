@@ -37,6 +37,12 @@ class ExpertShards:
             groups = [sorted(group) for group in world.mesh.groups(level)]
         except ValueError as error:
             raise ValueError(f"model.expert_parallel: {error}; name one of them, or give null") from None
+        spread = {id(p) for layer in model.moe_layers for p in layer.experts.parameters()}
+        if not any(p.requires_grad and id(p) not in spread for p in model.parameters()):
+            raise ValueError(
+                f"train.parameters: only experts learn, but with model.expert_parallel: {level} DDP needs a parameter "
+                "that every rank has; let the routers, *.router.*, learn too, or give model.expert_parallel=null"
+            )
         own = next(group for group in groups if world.rank in group)
         replicas = sorted(group[own.index(world.rank)] for group in groups)
         self._queue = world.queue.beside("experts")
