@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
+import torch
+from torch import Tensor
+
 from thinwire.kernels.router_gradient import Score
 
 
@@ -58,3 +61,37 @@ def near_ranks(inner: Sequence[Sequence[int]] | None, rank: int, size: int, what
             f"ascending order, such as {[list(range(size))]}"
         )
     return next(group for group in groups if rank in group)
+
+
+def check_call(
+    num_experts: int,
+    top_k: int,
+    layer: object,
+    logits: Tensor,
+    selected: Tensor | None,
+    valid_mask: Tensor | None,
+) -> None:
+    """Of a call in a router: see LoadBalance.
+
+    Raises:
+        ValueError: a shape, dtype or name that it does not take.
+    """
+    where = f"layer {layer}"
+    if not isinstance(layer, str | int):
+        raise ValueError(f"layer: {layer!r} of type {type(layer).__name__}; allowed: the layer's own name or number")
+    if logits.shape[-1:] != (num_experts,) or not logits.is_floating_point():
+        raise ValueError(
+            f"{where}: logits are {logits.dtype} of shape {tuple(logits.shape)}; allowed: floating, "
+            f"(..., num_experts = {num_experts})"
+        )
+    wanted = (*logits.shape[:-1], top_k)
+    if selected is not None and (selected.shape != wanted or selected.is_floating_point()):
+        raise ValueError(
+            f"{where}: selected is {selected.dtype} of shape {tuple(selected.shape)}; allowed: the integers that "
+            f"topk() gives, {wanted}"
+        )
+    if valid_mask is not None and (valid_mask.shape != logits.shape[:-1] or valid_mask.dtype != torch.bool):
+        raise ValueError(
+            f"{where}: valid_mask is {valid_mask.dtype} of shape {tuple(valid_mask.shape)}; allowed: bool, "
+            f"{tuple(logits.shape[:-1])}, true where a token is not padding"
+        )

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from thinwire.comm.balance.arguments import check_router, check_step, near_ranks
-from thinwire.comm.balance.bias import QuantileBiasSettings, SelectionBias, SignBiasSettings
+from thinwire.comm.balance.arguments import check_call, check_router, check_step, near_ranks
+from thinwire.comm.balance.bias import QuantileBiasSettings, SignBiasSettings
 from thinwire.comm.balance.columns import Columns
 from thinwire.comm.balance.convention import Combine, Convention, LossScale
 from thinwire.comm.balance.describe import describe
-from thinwire.comm.balance.errors import FAULTS
 from thinwire.comm.balance.factor_check import check_factor
 from thinwire.comm.balance.fused import Routing, apply, route_experts
 from thinwire.comm.balance.inject import inject, register, selection_bias
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.load_metrics import load_metrics
-from thinwire.comm.balance.margins import margin_histogram
 from thinwire.comm.balance.modes.build import build_bus, build_mode
 from thinwire.comm.balance.modes.mode import Setting
-from thinwire.comm.balance.recompute import recognise
-from thinwire.comm.balance.replay import in_backward, will_be_recomputed
+from thinwire.comm.balance.recorder import StepRecorder
 from thinwire.comm.balance.settings import BalanceSettings, ModeName, Scope
-from thinwire.comm.balance.step_units import StepUnits
 from thinwire.comm.balance.target import fractions_of
 from thinwire.comm.gossip.graphs import EachGraph
 from thinwire.comm.queue import CommQueue, open_queue
-from thinwire.kernels.router_gradient import Score, router_gradient
+from thinwire.kernels.router_gradient import Score
 
 
 class LoadBalance:
@@ -138,7 +133,6 @@ class LoadBalance:
         self._layers = LayerMap(layers)
         chosen = self.settings.bias
         self._columns = Columns(num_experts, chosen.bins if isinstance(chosen, QuantileBiasSettings) else 0)
-        self._bias = SelectionBias(chosen, self._columns, top_k) if chosen else None
         what_for = "scope: node" if scope == "node" else "mode: hier" if mode == "hier" else None
         near = near_ranks(inner, self._queue.rank, self._queue.size, what_for)
         told = {"top_k": top_k, "score": score, "ranks": ranks, "accumulation": accumulation, "inner": inner}
@@ -146,10 +140,12 @@ class LoadBalance:
         self._bus = build_bus(self.settings, self._queue, self._layers, self._columns, near, same)
         self._setting = Setting(self._bus, self._columns, self._queue.size, micro_batches, near=scope == "node")
         self._mode = build_mode(self.settings, self._setting)
-        self._steps = StepUnits(self._layers, self._mode, self._setting)
+        self._recorder = StepRecorder(
+            self.settings, self._setting, self._layers, self._mode, self._convention, top_k, score
+        )
+        self._steps, self._bias = self._recorder.steps, self._recorder.bias
         self._model: nn.Module | None = None
-        self._removed = False
-        self._handle = register(self)
+        self._handle = register(self._recorder)
 
     def __call__(self, layer: str | int, logits: Tensor, selected: Tensor, valid_mask: Tensor | None = None) -> Tensor:
         """The logits, through which the loss's gradient flows back: go on with these.
@@ -164,8 +160,8 @@ class LoadBalance:
         Raises:
             ValueError: a shape other than these, or a layer that is not known.
         """
-        self._check(layer, logits, selected, valid_mask)
-        if self._removed or (self._model is not None and not self._model.training):
+        check_call(self.num_experts, self.top_k, layer, logits, selected, valid_mask)
+        if self._recorder.removed or (self._model is not None and not self._model.training):
             return logits
         valid = None if valid_mask is None else valid_mask.reshape(-1)
         flat = logits.reshape(-1, self.num_experts)
@@ -194,10 +190,10 @@ class LoadBalance:
         Raises:
             ValueError: a shape or dtype other than these, a layer that is not known, or two biases.
         """
-        self._check(layer, logits, None, valid_mask)
+        check_call(self.num_experts, self.top_k, layer, logits, None, valid_mask)
         if bias is not None and self._bias is not None:
             raise ValueError("bias: LoadBalance has its own, which it adds itself; give none, or remove its setting")
-        if self._removed or (self._model is not None and not self._model.training):
+        if self._recorder.removed or (self._model is not None and not self._model.training):
             if self._bias is not None:
                 bias = self.bias(layer, logits)
             return route_experts(
@@ -262,26 +258,26 @@ class LoadBalance:
         Raises:
             ValueError: on every rank; says which setting to change, and to what.
         """
-        removed, self._removed = self._removed, True
+        removed, self._recorder.removed = self._recorder.removed, True
         try:
             here = self._setting
             check_factor(router, forward_backward, self._convention, self._queue, lambda: here.micro_batches, gradient)
         finally:
-            self._removed = removed
+            self._recorder.removed = removed
 
     def finish(self) -> None:
         """Wait for what is under way, and raise what it says; mode stale would do so in the next backward pass."""
-        with self._faults_end_the_step():
+        with self._recorder.faults_end_the_step():
             self._mode.last_step()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs of this one. Call it between steps; waits for what is under way."""
         state: dict[str, Any] = {"layers": list(self._layers.names), "num_experts": self.num_experts}
-        with self._faults_end_the_step():
+        with self._recorder.faults_end_the_step():
             self._steps.end()
             state["mode"] = self._mode.state_dict()
             if self._bias is not None:
-                self._catch_up(self._bias)
+                self._recorder.catch_up()
                 state["bias"] = self._bias.state_dict()
         return state
 
@@ -368,7 +364,7 @@ class LoadBalance:
 
     def remove(self) -> None:
         """Leave the logits as they are from now on."""
-        self._removed = True
+        self._recorder.removed = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadBalance:
         """Itself: the copy of a model, of averaged weights say, has the same balance, and may only be evaluated."""
@@ -377,111 +373,3 @@ class LoadBalance:
     def __reduce__(self) -> NoReturn:
         """There is no way to send a message from a file."""
         raise TypeError("LoadBalance cannot be pickled with the model that holds it; save model.state_dict() instead")
-
-    # What the operator calls.
-
-    def count(self, layer: str, logits: Tensor, selected: Tensor, valid: Tensor | None, grad: bool) -> int:
-        """Count a forward pass: see inject.Recorder."""
-        return self._count(
-            layer, lambda: self._row(layer, logits, valid, self._columns.row(logits, selected, valid)), grad
-        )
-
-    def count_tally(self, layer: str, logits: Tensor, tally: Tensor, valid: Tensor | None, grad: bool) -> int:
-        """Count a forward pass whose selections are counted already: see inject.Recorder."""
-        return self._count(layer, lambda: self._row(layer, logits, valid, self._columns.of_tally(tally)), grad)
-
-    def _count(self, layer: str, row: Callable[[], Tensor], grad: bool) -> int:
-        if in_backward():
-            self._steps.forward_is_over()
-            return recognise(self._steps.filled, self._layers.number(layer), row()).number
-        if not grad and not will_be_recomputed():
-            return -1
-        if self._bias is not None and layer not in self._bias.asked:
-            raise ValueError(
-                f"bias: is set, but the router of layer {layer} has not asked for it; let it select the top_k of its "
-                "scores + balance.bias(layer, logits), or remove bias"
-            )
-        counted = row()
-        with self._faults_end_the_step():
-            return self._steps.put(self._layers.number(layer), counted).number
-
-    def own_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor | None:
-        """Of a router that leaves its bias to us: see inject.Recorder."""
-        return None if self._bias is None else self.present_bias(layer, logits, grad)
-
-    def present_bias(self, layer: str, logits: Tensor, grad: bool) -> Tensor:
-        """The bias, which changes where a step begins: see inject.Recorder."""
-        assert self._bias is not None
-        self._bias.asked.add(layer)
-        if not in_backward() and (grad or will_be_recomputed()) and self._steps.is_over and not self._removed:
-            self._catch_up(self._bias)
-        known = self._layers.complete or layer in self._layers
-        return self._bias.of(self._layers.number(layer) if known else None, logits)
-
-    def pull(self, layer: str, unit: int, logits: Tensor, valid: Tensor | None) -> Tensor:
-        """The loss's gradient: see inject.Recorder."""
-        on_scores, z_scale = self.pull_on(layer, unit, logits.device)
-        return router_gradient(logits, on_scores, z_scale, valid, score=self.score)
-
-    def pull_on(self, layer: str, unit: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Its coefficients: see inject.Recorder."""
-        self._steps.forward_is_over()
-        here = self._steps.unit(unit)
-        with self._faults_end_the_step():
-            target = self._mode.target(here)
-        number, settings = self._layers.number(layer), self.settings
-        kappa = self._convention.factor(self._setting.size, self._setting.micro_batches)
-        # A checkpoint's tensors may be on another device.
-        tokens = target.tokens[number].to(device)
-        pull = settings.coef * target.fractions[number].to(device)
-        if settings.micro_coef:
-            pull = pull + settings.micro_coef * fractions_of(here.row(number), self._columns)
-        pull = pull * (kappa * self.num_experts / tokens)
-        return pull, kappa * settings.z_coef / tokens if settings.z_coef else None
-
-    def _row(self, layer: str, logits: Tensor, valid: Tensor | None, row: Tensor) -> Tensor:
-        if self._bias is not None and self._columns.bins:
-            bias = self._bias.of(self._layers.number(layer), logits)
-            counts = margin_histogram(logits, bias, self.top_k, valid, self._columns.bins, self.score)
-            self._columns.margins(row).copy_(counts.view(self.num_experts, -1))
-        return row
-
-    @contextmanager
-    def _faults_end_the_step(self) -> Iterator[None]:
-        """A fault is told once, on every rank; the next step goes on from what was known before."""
-        try:
-            yield
-        except FAULTS:
-            self._steps.abandon()
-            raise
-
-    def _catch_up(self, bias: SelectionBias) -> None:
-        """Learn from the last step's counts. They have travelled during its backward pass, so this hardly waits."""
-        behind, bias.steps = bias.steps < self._steps.ended, self._steps.ended
-        with self._faults_end_the_step():
-            rows = self._mode.last_step() if behind else None
-        if rows is not None:
-            bias.update(rows)
-
-    def _check(self, layer: object, logits: Tensor, selected: Tensor | None, valid_mask: Tensor | None) -> None:
-        where = f"layer {layer}"
-        if not isinstance(layer, str | int):
-            raise ValueError(
-                f"layer: {layer!r} of type {type(layer).__name__}; allowed: the layer's own name or number"
-            )
-        if logits.shape[-1:] != (self.num_experts,) or not logits.is_floating_point():
-            raise ValueError(
-                f"{where}: logits are {logits.dtype} of shape {tuple(logits.shape)}; allowed: floating, "
-                f"(..., num_experts = {self.num_experts})"
-            )
-        wanted = (*logits.shape[:-1], self.top_k)
-        if selected is not None and (selected.shape != wanted or selected.is_floating_point()):
-            raise ValueError(
-                f"{where}: selected is {selected.dtype} of shape {tuple(selected.shape)}; allowed: the integers that "
-                f"topk() gives, {wanted}"
-            )
-        if valid_mask is not None and (valid_mask.shape != logits.shape[:-1] or valid_mask.dtype != torch.bool):
-            raise ValueError(
-                f"{where}: valid_mask is {valid_mask.dtype} of shape {tuple(valid_mask.shape)}; allowed: bool, "
-                f"{tuple(logits.shape[:-1])}, true where a token is not padding"
-            )
