@@ -25,7 +25,7 @@ from thinwire.kernels.triton_kernel import TritonKernel
 CASES = [(8192, 8, 2), (8192, 64, 4), (8192, 64, 8), (8192, 128, 8), (4096, 256, 8), (2048, 512, 10)]  # tokens, E, k
 COEF, Z_COEF = 1e-2, 1e-3
 
-Step = Callable[[], tuple[Tensor, Tensor, Tensor]]  # selected, counts, gradient in the logits
+FREE = ("empty", "detach", "squeeze", "scalar_tensor")  # operators that compute nothing on the device, beside views
 
 
 class Launches(TorchDispatchMode):
@@ -42,7 +42,7 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if not func.is_view and "empty" not in func.__name__ and "detach" not in func.__name__:
+        if not func.is_view and not any(free in func.__name__ for free in FREE):
             self.add(args, kwargs, out)
         return out
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TILE = 1 << 15  # elements: what a core's cache holds, and PyTorch keeps on the calling thread
+_ON_ONE_THREAD = 1 << 15  # elements: PyTorch keeps operations of this size on the calling thread
+_IN_CACHE = 1 << 17  # elements: what a core's cache holds
 _SORT_UP_TO = 128  # experts; sorting whole rows is faster than splitting them first
 
 
@@ -20,11 +21,11 @@ def route_on_cpu(
     sigmoid: bool,
     renormalise: bool,
     sums: bool,
-    tile: int = _TILE,
+    tile: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """As `route` for checked, contiguous arguments with at least one element, not fp64."""
+    """As `route` for checked, contiguous arguments with at least one element, not fp64; tile 0 = the best one."""
     tokens, experts = logits.shape
-    step = max(1, tile // experts)
+    step = max(1, (tile or tile_elements()) // experts)
     selected = torch.empty(tokens, top_k, dtype=torch.int64)
     normaliser = torch.empty(tokens)
     total = torch.zeros(experts) if sums else None
@@ -47,16 +48,22 @@ def route_on_cpu(
         else:
             torch.logsumexp(z, -1, out=sum_of)
         low, high = torch.aminmax(z)  # NaN wins both
-        if not math.isfinite(low.item() - high.item()):
+        is_odd = not math.isfinite(low.item() - high.item())
+        if is_odd:
             wrong = ~z.isfinite().all(-1)
             bad += int((wrong if keep is None else wrong & keep).sum())
-        selected[here] = torch.from_numpy(ranks.top(ranked, top_k))
+        ranks.top(ranked, top_k, selected[here].numpy(), is_odd or bias is not None)
     chosen = logits.gather(1, selected).float()
     counted = selected if valid is None else selected[valid]
     tally = torch.zeros(experts + 3, dtype=torch.int32)
     tally[:experts] = torch.from_numpy(np.bincount(counted.numpy().reshape(-1), minlength=experts))
     tally[experts], tally[experts + 2] = len(counted), bad
     return selected, _weights(chosen, normaliser, sigmoid, renormalise), normaliser, tally, total
+
+
+def tile_elements() -> int:
+    """Fewer where PyTorch has more threads: they cost more than they bring while other ranks compute."""
+    return _IN_CACHE if torch.get_num_threads() == 1 else _ON_ONE_THREAD
 
 
 def _scores(z: Tensor, s: Tensor, sum_of: Tensor, sigmoid: bool) -> None:
@@ -91,13 +98,13 @@ class _Ranks:
         self._signs = np.empty_like(self._bits)
         self._from_end = np.arange(experts - 1, -1, -1, dtype=np.int64)
 
-    def top(self, scores: Tensor, top_k: int) -> np.ndarray:
-        """The best experts of each token, best first: (tokens, top_k) int64."""
+    def top(self, scores: Tensor, top_k: int, out: np.ndarray, may_be_nan: bool) -> None:
+        """Write the best experts of each token, best first: (tokens, top_k) int64."""
         rows, experts = scores.shape
         keys, bits, signs = self._keys[:rows], self._bits[:rows], self._signs[:rows]
         numbers = bits.view(np.float32)
         np.add(scores.numpy(), 0.0, out=numbers)  # -0 becomes 0
-        if np.isnan(numbers.max()):
+        if may_be_nan:
             numbers[np.isnan(numbers)] = np.nan  # one NaN, which is positive: above infinity
         np.right_shift(bits, 31, out=signs)
         np.bitwise_and(signs, 0x7FFFFFFF, out=signs)
@@ -112,5 +119,4 @@ class _Ranks:
         else:
             keys.partition(experts - top_k, axis=1)
             best = np.sort(keys[:, experts - top_k :], axis=1)[:, ::-1]
-        found: np.ndarray = (experts - 1) - (best & 0xFFFFFFFF)
-        return found
+        np.subtract(experts - 1, best & 0xFFFFFFFF, out=out)

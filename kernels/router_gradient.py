@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from thinwire.kernels.route_on_cpu import tile_elements
 from thinwire.kernels.router_gradient_on_gpu import launch
 from thinwire.kernels.triton_kernel import triton_is_installed
 
 Score = Literal["softmax", "sigmoid"]
 
-_CPU_TILE = 1 << 15  # elements, as in route_on_cpu.py
 _ONE = torch.ones(())
 
 
@@ -135,11 +135,11 @@ def _in_tiles(
     score: Score,
     normaliser: Tensor | None,
     gates: Gates | None,
-    tile: int = _CPU_TILE,
+    tile: int = 0,
 ) -> Tensor:
     """As `router_gradient` on a CPU, not for fp64."""
     tokens, experts = logits.shape
-    step = max(1, tile // experts)
+    step = max(1, (tile or tile_elements()) // experts)
     out = torch.empty_like(logits)
     wide = out if out.dtype == torch.float32 else None
     work = [torch.empty(min(step, tokens), experts) for _ in range(3)]
