@@ -186,6 +186,14 @@ def test_runs_are_those_of_experts_that_stay_and_continue_as_such_and_otherwise(
                 assert ours == pytest.approx(theirs, rel=2e-5)
 
 
+def test_experts_may_stay_as_they_are(tmp_path: Path) -> None:
+    frozen = ("train.parameters=['embedding.*', '*.router.*']", "train.steps=2")
+    (plain,) = train(run_of(tmp_path, "plain", *frozen))
+    for trained in train(run_of(tmp_path, "spread", "model.expert_parallel=world", *frozen), (2,)):
+        for ours, theirs in zip(trained.numbers, plain.numbers, strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

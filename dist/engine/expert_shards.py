@@ -37,8 +37,7 @@ class ExpertShards:
             groups = [sorted(group) for group in world.mesh.groups(level)]
         except ValueError as error:
             raise ValueError(f"model.expert_parallel: {error}; name one of them, or give null") from None
-        spread = {id(p) for layer in model.moe_layers for p in layer.experts.parameters()}
-        if not any(p.requires_grad and id(p) not in spread for p in model.parameters()):
+        if not any(p.requires_grad for name, p in model.named_parameters() if name not in _expert_names(model)):
             raise ValueError(
                 f"train.parameters: only experts learn, but with model.expert_parallel: {level} DDP needs a parameter "
                 "that every rank has; let the routers, *.router.*, learn too, or give model.expert_parallel=null"
@@ -56,13 +55,13 @@ class ExpertShards:
         self._mesh = DeviceMesh(world.device.type, groups, mesh_dim_names=("replicas", "experts"))
         for layer in model.moe_layers:
             layer.experts.share(exchange)
-        spread = {id(p) for layer in model.moe_layers for p in layer.experts.parameters()}
-        self._parameters = {name: p for name, p in model.named_parameters() if id(p) in spread}
-        self.names = list(self._parameters)
+        self.names = _expert_names(model)
+        self._parameters = {name: model.get_parameter(name) for name in self.names}
         self._level, self._first, self._held = level, exchange.first, exchange.held
         self.is_last = False
         for parameter in self._parameters.values():
-            parameter.register_post_accumulate_grad_hook(self._added_up)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._added_up)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, self.names)
 
     @property
@@ -87,8 +86,8 @@ class ExpertShards:
     def total_norm(self, model: nn.Module) -> Tensor:
         """Of the mean gradient of the whole model; the same on all ranks."""
         held = [p.grad for p in self._parameters.values() if p.grad is not None]
-        spread = {id(p) for p in self._parameters.values()}
-        shared = [p.grad for p in model.parameters() if p.grad is not None and id(p) not in spread]
+        others = (p for name, p in model.named_parameters() if name not in self._parameters)
+        shared = [p.grad for p in others if p.grad is not None]
         return self._gradients.total_norm(shared, held)
 
     def whole(self, name: str, value: Any) -> Any:
@@ -122,3 +121,8 @@ class ExpertShards:
         if self.is_last:
             assert parameter.grad is not None
             self._gradients.start(parameter.grad)
+
+
+def _expert_names(model: MoEGPT) -> list[str]:
+    experts = {id(p) for layer in model.moe_layers for p in layer.experts.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) in experts]
