@@ -173,10 +173,10 @@ def draw(rows: Sequence[Row], options: Any) -> None:
             text = "" if r["balancing"] == BASE else f"{float(r['longer']):+.1%}, "
             sent = f"{r['messages']} message{'' if r['messages'] == 1 else 's'}"
             axes.text(length, place, f" {text}{sent}", va="center", fontsize=8)
-        axes.set_xlim(0, 1.35 * max(seconds))
+        axes.set_xlim(0, 1.6 * max(seconds))
         axes.set_xlabel("seconds per step")
         axes.set_title(titles[gradients], fontsize=10)
-        axes.legend(loc="lower right", fontsize=8)
+        axes.legend(loc="upper right", fontsize=8)
     figure.suptitle(
         f"{options.hosts} hosts, {options.rate}, {options.delay} one way: a step with experts balanced over all hosts",
         fontsize=11,
