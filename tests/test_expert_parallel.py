@@ -174,12 +174,10 @@ def test_runs_are_those_of_experts_that_stay_and_continue_as_such_and_otherwise(
     again = train(run_of(tmp_path, "parts", spread, "train.micro_batch=1"), (2, 4))
     for name, weight in again[0].weights.items():
         assert torch.equal(weight, done[0].weights[name]), name
-    # Elsewhere: all four ranks share the experts; nobody does; what nobody shared is shared.
-    train(run_of(tmp_path, "wide", spread, "train.steps=2"), (2, 4))
-    for source, sizes, setting in (("wide", (2,), "model.expert_parallel=world"), ("wide", (1,), "model.mlp=swiglu")):
-        config = run_of(
-            tmp_path, f"from_{source}_{sizes[0]}", setting, f"checkpoint.resume={tmp_path}/runs/{source}/checkpoints"
-        )
+    # Elsewhere, from the first two steps: two ranks share all experts; one has them all.
+    middle = f"checkpoint.resume={tmp_path}/runs/parts/checkpoints/step-00000002"
+    for sizes, setting in (((2,), "model.expert_parallel=world"), ((1,), "model.mlp=swiglu")):
+        config = run_of(tmp_path, f"on_{sizes[0]}", setting, middle)
         for trained in train(config, sizes):
             assert "after 2 steps" in trained.resumed
             for ours, theirs in zip(trained.numbers, plain.numbers[2:], strict=True):
