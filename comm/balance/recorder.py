@@ -14,11 +14,11 @@ from thinwire.comm.balance.errors import FAULTS
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.margins import margin_histogram
 from thinwire.comm.balance.modes.mode import Mode, Setting
+from thinwire.comm.balance.pulls import Pulls
 from thinwire.comm.balance.recompute import recognise
 from thinwire.comm.balance.replay import in_backward, will_be_recomputed
 from thinwire.comm.balance.settings import BalanceSettings
 from thinwire.comm.balance.step_units import StepUnits
-from thinwire.comm.balance.target import fractions_of
 from thinwire.kernels.router_gradient import Score, router_gradient
 
 
@@ -42,11 +42,9 @@ class StepRecorder:
         self.steps = StepUnits(layers, mode, setting)
         self.bias = SelectionBias(settings.bias, setting.columns, top_k) if settings.bias else None
         self.removed = False
-        self._settings = settings
-        self._setting = setting
         self._columns = setting.columns
         self._layers = layers
-        self._convention = convention
+        self._pulls = Pulls(settings, convention, setting)
         self._top_k = top_k
         self._score: Score = score
 
@@ -99,15 +97,7 @@ class StepRecorder:
         here = self.steps.unit(unit)
         with self.faults_end_the_step():
             target = self.mode.target(here)
-        number, settings = self._layers.number(layer), self._settings
-        kappa = self._convention.factor(self._setting.size, self._setting.micro_batches)
-        # A checkpoint's tensors may be on another device.
-        tokens = target.tokens[number].to(device)
-        pull = settings.coef * target.fractions[number].to(device)
-        if settings.micro_coef:
-            pull = pull + settings.micro_coef * fractions_of(here.row(number), self._columns)
-        pull = pull * (kappa * self._columns.num_experts / tokens)
-        return pull, kappa * settings.z_coef / tokens if settings.z_coef else None
+        return self._pulls.of(here, target, self._layers.number(layer), device)
 
     def _row(self, layer: str, logits: Tensor, valid: Tensor | None, row: Tensor) -> Tensor:
         if self.bias is not None and self._columns.bins:
