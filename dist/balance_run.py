@@ -55,7 +55,8 @@ def check_balance(config: RunConfig) -> None:
         return
     if not isinstance(config.model, MoESettings):
         raise ValueError(
-            f"balance: is given, but model.kind: {config.model.kind} has no routers; give model.kind=moe, or remove it"
+            f"balance: is given, but model.kind: {config.model.kind} has no routers that a run could balance; give "
+            "model.kind=moe, or remove it"
         )
     if config.method.kind == "onebyte":
         raise ValueError(

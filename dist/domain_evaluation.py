@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 def evaluate_domains(
-    settings: TrainSettings, model: nn.Module, data: TaskData, world: World, *, forward_is_collective: bool = False
+    settings: TrainSettings, model: nn.Module, data: TaskData, world: World, *, alone: bool
 ) -> dict[str, Any]:
-    """Of a mixture of experts on data.corpus: domains; nothing of anything else. Collective.
+    """Of a mixture of experts on data.corpus: domains; nothing of anything else. Collective, unless alone.
 
     Args:
-        forward_is_collective: then every rank scores all windows, and otherwise its share of them.
+        alone: this rank scores all windows and asks nobody. Else each rank scores its share, in which it may have more
+            batches than others: a model whose forward pass is collective must be scored by all ranks, each alone.
     Returns: under "val_domains", "perplexity" of each domain, and means over layers as ExpertUse.layers() has them.
     """
     if not isinstance(model, MoEGPT) or not isinstance(data, DomainData):
@@ -37,9 +38,9 @@ def evaluate_domains(
         batch=settings.eval_batch,
         device=world.device,
         precision=computing(settings.precision, world.device),
-        part=(0, 1) if forward_is_collective else (world.rank, world.size),
+        part=(0, 1) if alone else (world.rank, world.size),
     )
-    if not forward_is_collective:
+    if not alone:
         use = _sum(use, world)
     means = {name: sum(values) / len(values) for name, values in use.layers().items()}
     return {"val_domains": {"perplexity": use.perplexities(), **means}}

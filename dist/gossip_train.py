@@ -15,6 +15,7 @@ from thinwire.comm.gossip.door import enter
 from thinwire.comm.gossip.post.machines import meet
 from thinwire.dist.balance_run import RunBalance
 from thinwire.dist.checkpoint_export import export_safetensors
+from thinwire.dist.domain_evaluation import evaluate_domains
 from thinwire.dist.evaluate import evaluate_alone
 from thinwire.dist.gossip_run import GossipRunSettings, place_among_machines
 from thinwire.dist.gossip_state import GossipState
@@ -222,7 +223,8 @@ class GossipTrainer:
             device=self.world.device,
             precision=precision,
         )
-        return result.record()
+        domains = evaluate_domains(train, self.model, self.data, self.world, alone=True)
+        return result.record() | domains
 
     def _calibrate(self) -> None:
         """For statistics that a merge has made void: the same batches of training data on all machines."""

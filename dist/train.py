@@ -271,17 +271,9 @@ class Trainer:
 
     def _evaluate(self) -> Record:
         with agreed_weights(self.method):
-            return {
-                name: value
-                for evaluated in (evaluate_task, evaluate_domains)
-                for name, value in evaluated(
-                    self.config.train,
-                    self.engine.network,
-                    self.data,
-                    self.world,
-                    forward_is_collective=self.engine.forward_is_collective,
-                ).items()
-            }
+            train, network, collective = self.config.train, self.engine.network, self.engine.forward_is_collective
+            record = evaluate_task(train, network, self.data, self.world, forward_is_collective=collective)
+            return record | evaluate_domains(train, network, self.data, self.world, alone=collective)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and self.state.step % every == 0
