@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -22,6 +23,7 @@ from balance_grid import (
 )
 from ranks import Rank, run_ranks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.balance.functional import balance_loss, expert_counts
@@ -68,6 +70,7 @@ def test_what_is_evaluated_within_a_step_neither_counts_nor_sends(kind: Checkpoi
     balance, net = alone(mode="late", micro_batches=2, z_coef=Z_COEF)
     balance.watch(net)
     net.kind = kind
+    net.embedding.register_forward_hook(lambda _, args, out: out.requires_grad_())  # as Hugging Face has it
     other = make_batches("even", 1, 1, torch.float64)[0][0]
 
     def evaluate() -> None:
@@ -92,6 +95,23 @@ def test_what_is_evaluated_within_a_step_neither_counts_nor_sends(kind: Checkpoi
             net(*other)
         assert balance.metrics()["messages"] == 2, number
     assert distance({n: p.grad for n, p in net.named_parameters() if p.grad is not None}, reference) < 1e-12
+
+
+def test_checkpoints_within_checkpoints_count_once() -> None:
+    """All of the model in one, and each layer in another: whatever their kinds, the same gradient and one message."""
+    batches = make_batches("ragged", 1, 2, torch.float64)
+    reference = big_batch(batches)
+    for kind, reentrant in itertools.product(EVERY, (True, False)):
+        balance, net = alone(mode="late", micro_batches=2, z_coef=Z_COEF)
+        net.kind = kind
+        losses = []
+        for x, valid in batches[0]:
+            y = checkpoint(net, x.requires_grad_(), valid, use_reentrant=reentrant)
+            losses.append(y.square().sum() / reference.tokens)
+        for loss in losses:
+            loss.backward()
+        assert distance({n: p.grad for n, p in net.named_parameters() if p.grad is not None}, reference) < 1e-12
+        assert balance.metrics()["messages"] == 2
 
 
 def test_a_rank_may_evaluate_alone() -> None:

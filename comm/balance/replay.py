@@ -11,7 +11,6 @@ import sys
 from types import CodeType, FrameType
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 _TORCHS: CodeType = CheckpointFunction.forward.__code__
@@ -23,14 +22,16 @@ def in_backward() -> bool:
 
 
 def will_be_recomputed() -> bool:
-    """Whether this is the first, gradient-less pass of a reentrant checkpoint whose inputs have gradients.
+    """Whether this is the first, gradient-less pass of a reentrant checkpoint that has a backward pass.
 
-    Asked only where gradients are off: it walks up the stack. Torch's, DeepSpeed's and Megatron's function are known.
+    Asked only where gradients are off: it walks up the stack, past checkpoints within checkpoints. A checkpoint has a
+    backward pass where its node has edges; that its inputs require gradients does not say so under torch.no_grad().
+    Torch's, DeepSpeed's and Megatron's function are known.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _is_checkpoint(frame.f_code):
-            return any(isinstance(a, Tensor) and a.requires_grad for a in frame.f_locals.get("args", ()))
+        if _is_checkpoint(frame.f_code) and frame.f_locals["ctx"].next_functions:
+            return True
         frame = frame.f_back
     return False
 
