@@ -15,7 +15,7 @@ from thinwire.comm.queue import CommQueue, Pending, open_queue
 from thinwire.comm.settings import Settings
 from thinwire.comm.two_shot import TwoShotMean
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WireDtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -32,7 +32,7 @@ class AllReduce:
     def __init__(self, model: DistributedDataParallel, dtype: WireDtype, queue: CommQueue) -> None:
         self._queue = queue
         self._group = model.process_group
-        self._mean = TwoShotMean(_DTYPES[dtype])
+        self._mean = TwoShotMean(WIRE_DTYPES[dtype])
         self._pending: list[tuple[Pending[None], Future[Tensor], Tensor]] = []
         self._layout = _first_layout(model)
         self._steps = 0
@@ -142,8 +142,8 @@ def _hook(state: AllReduce, bucket: GradBucket) -> Future[Tensor]:
 
 
 def _check(model: DistributedDataParallel, dtype: str) -> None:
-    if dtype not in _DTYPES:
-        raise ValueError(f"method.dtype: {dtype!r} is not known; allowed: {', '.join(_DTYPES)}")
+    if dtype not in WIRE_DTYPES:
+        raise ValueError(f"method.dtype: {dtype!r} is not known; allowed: {', '.join(WIRE_DTYPES)}")
     if not isinstance(model, DistributedDataParallel):
         raise ValueError(
             f"model: expected a torch.nn.parallel.DistributedDataParallel, got {type(model).__name__}; wrap the model "
@@ -155,7 +155,7 @@ def _check(model: DistributedDataParallel, dtype: str) -> None:
             "only; wrap the model anew to change the method"
         )
     for name, parameter in model.module.named_parameters():
-        if parameter.requires_grad and parameter.dtype not in _DTYPES.values():
+        if parameter.requires_grad and parameter.dtype not in WIRE_DTYPES.values():
             raise ValueError(
                 f"model: parameter {name} is {parameter.dtype}; method allreduce averages fp32, bf16 and fp16 gradients"
             )

@@ -23,13 +23,16 @@ class ExpertGradients:
     Args:
         queue: nobody else uses it meanwhile, the rows that travel least of all: they would wait for gradients.
         ranks: that share the experts, P of them. replicas: that hold the same experts; both ascending.
+        wire_dtype: of gradients on the wire: torch.float32, torch.bfloat16 or torch.float16; sums are fp32.
     """
 
-    def __init__(self, queue: CommQueue, ranks: Sequence[int], replicas: Sequence[int]) -> None:
+    def __init__(
+        self, queue: CommQueue, ranks: Sequence[int], replicas: Sequence[int], *, wire_dtype: torch.dtype
+    ) -> None:
         self._queue = queue
         self._ranks = list(ranks)
         self._replicas = list(replicas)
-        self._mean = TwoShotMean(torch.float32)
+        self._mean = TwoShotMean(wire_dtype)
         self._pending: list[Pending[None]] = []
 
     def start(self, gradient: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from thinwire.comm.allreduce import AllReduceSettings
+from thinwire.comm.allreduce import WIRE_DTYPES, AllReduceSettings
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.dist.engine.ddp import DDPEngine, DDPSettings, wrap_ddp
 from thinwire.dist.engine.deepspeed import DeepSpeedEngine, DeepSpeedSettings
@@ -78,4 +78,5 @@ def _spread_experts(config: RunConfig, model: nn.Module, world: World) -> Expert
     if level is None:
         return None
     assert isinstance(model, MoEGPT)
-    return ExpertShards(model, level, world)
+    assert isinstance(config.method, AllReduceSettings), "RunConfig refuses other methods"
+    return ExpertShards(model, level, world, wire_dtype=WIRE_DTYPES[config.method.dtype])

@@ -27,12 +27,13 @@ class ExpertShards:
     Args:
         model: the same on every rank; changed in place.
         level: of the mesh.
+        wire_dtype: of the gradients that are averaged between the level's groups.
     Attributes: names, of the parameters that are spread; is_last, whether the next backward pass is a step's last one.
     Raises:
         ValueError: there is no such level, or its groups cannot share the experts equally.
     """
 
-    def __init__(self, model: MoEGPT, level: str, world: World) -> None:
+    def __init__(self, model: MoEGPT, level: str, world: World, *, wire_dtype: torch.dtype) -> None:
         try:
             groups = [sorted(group) for group in world.mesh.groups(level)]
         except ValueError as error:
@@ -51,7 +52,7 @@ class ExpertShards:
             self._queue.close()
             raise ValueError(f"model.{error}, with model.expert_parallel: {level}") from None
         self._behind = world.queue.beside("experts/gradients")
-        self._gradients = ExpertGradients(self._behind, own, replicas)
+        self._gradients = ExpertGradients(self._behind, own, replicas, wire_dtype=wire_dtype)
         self._mesh = DeviceMesh(world.device.type, groups, mesh_dim_names=("replicas", "experts"))
         for layer in model.moe_layers:
             layer.experts.share(exchange)
