@@ -15,7 +15,7 @@ from thinwire.launch.train import main, show
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 MILLIONS = {"gpt_0.8m": 0.82, "gpt_3m": 3.21, "gpt_10m": 10.72, "gpt_30m": 30.26, "gpt_124m": 124.84, "demo": 3.21}
-MILLIONS |= {"moe_8m": 7.82, "moe_domains": 0.50}
+MILLIONS |= {"moe_8m": 7.82, "moe_domains": 0.50, "demo_moe": 9.51}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
