@@ -44,7 +44,8 @@ def route_on_cpu(
             ranked = z if bias is None else s + bias
             if total is not None:
                 weight = torch.ones(len(z)) if keep is None else keep.float()
-                total += (weight / sum_of.clamp(min=torch.finfo(torch.float32).tiny) if sigmoid else weight) @ s
+                weight = weight / sum_of.clamp(min=torch.finfo(torch.float32).tiny) if sigmoid else weight
+                total += torch.mv(s.t(), weight, out=torch.empty_like(total))  # autocast leaves alone what has an out
         else:
             torch.logsumexp(z, -1, out=sum_of)
         low, high = torch.aminmax(z)  # NaN wins both

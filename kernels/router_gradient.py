@@ -111,7 +111,7 @@ def router_gradient_reference(
     if pull is not None:
         w = pull.to(wide)
         p = s / s.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny) if score == "sigmoid" else s
-        gradient += p * slope * (w - (p @ w)[:, None])
+        gradient += p * slope * (w - (p * w).sum(-1, keepdim=True))
     if z_scale is not None:
         gradient += (2 * z_scale.to(wide)) * torch.logsumexp(z, -1, keepdim=True) * torch.softmax(z, -1)
     if valid is not None:
@@ -175,7 +175,7 @@ def _softmax_tile(
     p = torch.sub(z, lse[:, None], out=out).exp_()
     c = torch.zeros_like(lse) if z_twice is None else z_twice * lse
     if w is not None:
-        c = c - p @ w
+        c = c - torch.mv(p, w, out=torch.empty_like(lse))  # autocast leaves alone what has an out
     if keep is not None:
         _leave_out(p, c, keep, gates)
     of_gate = None
@@ -219,7 +219,7 @@ def _sigmoid_tile(
     s = torch.sigmoid(z, out=scratch[0])
     if w is not None:
         total = (s.sum(-1) if norm is None else norm).clamp(min=torch.finfo(torch.float32).tiny)
-        torch.sub(w, (s @ w / total)[:, None], out=out)
+        torch.sub(w, (torch.mv(s, w, out=torch.empty_like(total)) / total)[:, None], out=out)
         out.mul_(s).mul_(torch.sub(_ONE, s, out=scratch[1]))
         out.div_(total[:, None])
     else:

@@ -135,6 +135,19 @@ def test_ties_go_to_the_lowest_expert_and_the_bias_only_selects() -> None:
         torch.testing.assert_close(biased.weights, plain.gather(1, biased.selected))
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_autocast_changes_nothing(score: Score) -> None:
+    z, pull = some_logits(40, 9), torch.linspace(-1, 2, 9)
+    made = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=BF16, enabled=autocast):
+            routed = route(z, 3, score=score, renormalise=True, sums=True)
+            gates = some_gates(routed, True)
+            made.append([*routed, router_gradient(z, pull, torch.tensor(0.1), None, score=score, gates=gates)])
+            made[-1].append(router_gradient_reference(z, pull, torch.tensor(0.1), None, score=score, gates=gates))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
 def test_padding_may_hold_anything() -> None:
     logits = torch.randn(6, 5)
     logits[[1, 4]] = torch.tensor([torch.nan, torch.inf, 0.0, 0.0, -torch.inf])
