@@ -40,8 +40,8 @@ class NonFiniteLogitsError(NonFiniteGradientError):
 
 
 FAULTS = (RouterError, NonFiniteLogitsError)
-"""What a message may tell of. The next step can go on; but DistributedDataParallel does not outlive an error in a backward
-pass, so wrap the model anew, or start again from a checkpoint."""
+"""What a message may tell of. The next step can go on; but DistributedDataParallel does not outlive an error in a
+backward pass: wrap the model anew, or start again from a checkpoint."""
 
 
 def _list(layers: Sequence[str]) -> str:
