@@ -19,8 +19,9 @@ Gate = Literal["softmax", "sigmoid"]
 class Router(nn.Module):
     """A linear gate, in fp32 whatever the model computes in: z = x W^T, the top_k largest z are selected.
 
-    Fedus et al. 2021 (2101.03961) for fp32. Weights that FSDP2 has gathered in bf16 are taken as they are. Of equal logits the expert with the lowest number comes first, on every
-    device, so that counts do not depend on where they were made.
+    Fedus et al. 2021 (2101.03961) for fp32. Weights that FSDP2 has gathered in bf16 are taken as they are. Of equal
+    logits the expert with the lowest number comes first, on every device, so that counts do not depend on where they
+    were made.
 
     Args:
         width: of a token.
