@@ -11,6 +11,7 @@ from balance_steps import LAYERS, Order, Steps, pull_of
 from ranks import Rank, run_ranks
 from torch import Tensor
 
+from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.balance.describe import own_weight
 
 EXPERTS, RANKS, UNITS, STEPS = 6, 4, 3, 4
@@ -217,3 +218,51 @@ def test_resumes_with_another_number_of_ranks(mode: str) -> None:
             case _:
                 rule = pull_of(last, TOKENS[0].sum())
         torch.testing.assert_close(pulls[0], rule, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("mode", "order", "weight"),
+    [("micro", "interleaved", 1), ("sync", "interleaved", 3 / 4), ("late", "gpipe", 1 / 2)]
+    + [(mode, "interleaved", weight) for mode, weight in (("carry", 1 / 2), ("stale", 0.0))],
+)
+def test_what_is_left_of_the_bias_of_the_micro_batch_loss(mode: str, order: Order, weight: float) -> None:
+    """E[gradient] = the population's + own weight * (the micro-batch loss's - the population's): why modes matter.
+
+    A frozen router, and steps of two micro-batches, each of one of two domains. The sequence of steps has every pair of
+    a step and the one before it once, so that means over it are expectations, exactly.
+    """
+    tokens = 8
+    draw = torch.Generator().manual_seed(3)
+    logits = 2 * torch.randn(2, tokens, EXPERTS, generator=draw, dtype=torch.float64)  # of each domain
+    chosen = logits.topk(1).indices
+    p = logits.softmax(-1)
+    f = torch.stack([c.flatten().bincount(minlength=EXPERTS) for c in chosen]).double() / tokens
+    sequence = [(symbol // 2, symbol % 2) for symbol in (0, 0, 1, 0, 2, 0, 3, 1, 1, 2, 1, 3, 2, 2, 3, 3)]
+
+    def pull(of: Tensor) -> Tensor:
+        """The mean gradient of a router that sees the domain alone, f given for each domain's micro-batches."""
+        inner = (p * of[:, None]).sum(-1, keepdim=True)
+        return EXPERTS / (2 * tokens) * (p * (of[:, None] - inner)).sum(1)
+
+    def work(rank: Rank) -> Tensor:
+        settings: dict[str, Any] = MODES[mode] | {"num_experts": EXPERTS, "top_k": 1, "coef": 1.0}
+        balance = LoadBalance(micro_batches=2, queue=rank.queue(), **settings)
+        mean = torch.zeros(2, EXPERTS, dtype=torch.float64)
+        for number, step in enumerate((sequence[-1], *sequence)):
+            leaves = [logits[domain].clone().requires_grad_() for domain in step]
+            losses = []
+            for domain, leaf in zip(step, leaves, strict=True):
+                losses.append(0 * balance(0, leaf, chosen[domain]).sum())
+                if order == "interleaved":
+                    losses.pop().backward()
+            for loss in losses:
+                loss.backward()
+            for domain, leaf in zip(step, leaves, strict=True):
+                assert leaf.grad is not None
+                mean[domain] += leaf.grad.sum(0) / len(sequence) if number else 0
+        return mean
+
+    population, alone = pull(f.mean(0).expand(2, -1)), pull(f)
+    expectation = population + weight * (alone - population)
+    torch.testing.assert_close(run_ranks(1, work)[0], expectation, rtol=0, atol=1e-14)
+    assert (alone - population).norm() > population.norm() / 2, "or else there would be little to be rid of"
