@@ -57,25 +57,29 @@ def main() -> None:
     parser.add_argument("--rate", default="100mbit")
     parser.add_argument("--delay", default="50ms", help="one way")
     parser.add_argument("--gradients", nargs="+", default=["none", "int4"], choices=["none", "int4"])
-    parser.add_argument("--rounds", type=int, default=24, help="blocks of steps without balancing")
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=[40, 10], help="blocks of steps, for each of --gradients"
+    )
     parser.add_argument("--seldom", type=int, default=8, help="rounds from one block of the slow ways to the next")
     parser.add_argument("--micro-batches", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of a micro-batch on a host")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of a micro-batch on a host")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the table there")
     options = parser.parse_args()
+    if len(options.rounds) < len(options.gradients):
+        parser.error(f"--rounds: {len(options.rounds)} given for {len(options.gradients)} kinds of --gradients")
     rows: list[Row] = []
-    for gradients in options.gradients:
-        rows.extend(compare(gradients, options))
+    for gradients, rounds in zip(options.gradients, options.rounds, strict=False):
+        rows.extend(compare(gradients, rounds, options))
         report(str(__doc__).splitlines()[0], rows, device=torch.device("cpu"), path=options.json)
     if options.plot:
         draw(rows, options)
 
 
-def compare(gradients: str, options: Any) -> list[Row]:
+def compare(gradients: str, rounds: int, options: Any) -> list[Row]:
     settings = {
         "gradients": gradients,
         "ways": OFTEN | dict.fromkeys(SELDOM, options.seldom),
-        "rounds": options.rounds,
+        "rounds": rounds,
         "steps": options.repeats,
         "micro_batches": options.micro_batches,
         "batch": options.batch,

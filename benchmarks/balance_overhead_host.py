@@ -93,6 +93,8 @@ def main() -> None:
     ways = build_ways(shape, settings, world)
     told: dict[str, Any] = {way: {"blocks": []} for way in settings["ways"]}
     for turn in range(settings["rounds"]):
+        if world.rank == 0:
+            print(f"round {turn + 1} of {settings['rounds']}", flush=True)
         often = [way for way in settings["ways"] if turn % settings["ways"][way] == 0]
         for way in often if turn % 2 == 0 else often[::-1]:
             told[way]["blocks"].append({"round": turn, **block(way, ways[way], steps, settings["steps"], world)})
