@@ -94,6 +94,8 @@ def test_equals_the_separate_door(score: Score, renormalise: bool, settings: dic
         for dtype, near in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
             of_door = {}
             for fused, reentrant in itertools.product((True, False), (None, False, True)):
+                if reentrant is not None and not (fused and dtype == torch.float64):
+                    continue
                 net = Net(dtype, score, renormalise)
                 net.reentrant = reentrant
                 queue = rank.queue(name=f"{fused}{reentrant}{dtype}")

@@ -207,7 +207,8 @@ def test_interpreted_kernels_equal_the_reference() -> None:
         gates = some_gates(expected, renormalise, seed)
         pull, z_scale = torch.linspace(-1, 2, experts, dtype=FP64), torch.tensor(0.3, dtype=FP64)
         whole = (pull, z_scale, valid, expected.normaliser, gates)
-        for parts in (whole, [(pull, None, valid, None, None), (None, z_scale, None, None, gates)][turn]):
+        sparse = [(pull, None, valid, None, None), (None, z_scale, None, None, gates)][turn]
+        for parts in (whole, sparse) if seed % 8 < 2 else (whole,):
             storage = torch.full((tokens + 2, experts), 7.0, dtype=dtype)
             router_gradient_on_gpu.launch(z, *parts, storage[1:-1], sigmoid=sigmoid)
             reference = router_gradient_reference(z, *parts[:3], score=score, gates=parts[4])
