@@ -72,7 +72,7 @@ class BalancedModel:
             (module, name, getattr(module, name))
             for module in model.modules()
             for name in _OWN_LOSS
-            if isinstance(getattr(module, name, None), float)
+            if isinstance(getattr(module, name, None), int | float)
         ]
         for module, name, _ in self._own_losses:
             setattr(module, name, 0.0)
