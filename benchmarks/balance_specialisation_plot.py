@@ -40,10 +40,9 @@ def draw_scores(runs: Runs, path: Path) -> None:
             trace.plot(steps, [point[-1] for point in curve], color=COLORS[way], linewidth=0.6, alpha=0.5)
         average = [mean(curve[i][-1] for curve in curves) for i in range(len(steps))]
         trace.plot(steps, average, color=COLORS[way], linewidth=2, label=way)
-    trace.set(
-        xlabel="step", ylabel="I(expert; domain) / H(domain)", title="Block 2, each seed and the mean", ylim=(0, None)
-    )
-    trace.legend(title="f counted over", fontsize="small")
+    trace.set(xlabel="step", ylabel="I(expert; domain) / H(domain)", title="Block 2, each seed and the mean")
+    trace.set_ylim(0, 1.3 * trace.get_ylim()[1])
+    trace.legend(title="f counted over", fontsize="small", ncols=4, loc="upper center")
     panels = (
         (lambda made: made["by_layer"]["specialisation"][-1], "I(expert; domain) / H(domain)", "Block 2, at the end"),
         (lambda made: made["val_loss"], "nats per byte", "Held-out loss"),
@@ -57,8 +56,8 @@ def draw_scores(runs: Runs, path: Path) -> None:
         axis.set_xticks(range(len(ways)), ways)
         axis.set(ylabel=label, title=title)
         axis.grid(axis="y", alpha=0.3)
-    others[0].set_ylim(0, None)
-    others[2].set_ylim(0, None)
+    for axis in (others[0], others[2]):
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
