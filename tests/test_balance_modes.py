@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.balance.describe import own_weight
+from thinwire.comm.balance.errors import RouterError
 
 EXPERTS, RANKS, UNITS, STEPS = 6, 4, 3, 4
 INNER = [[0, 1], [2, 3]]
@@ -266,3 +267,26 @@ def test_what_is_left_of_the_bias_of_the_micro_batch_loss(mode: str, order: Orde
     expectation = population + weight * (alone - population)
     torch.testing.assert_close(run_ranks(1, work)[0], expectation, rtol=0, atol=1e-14)
     assert (alone - population).norm() > population.norm() / 2, "or else there would be little to be rid of"
+
+
+def test_a_fault_among_near_ranks_is_told_to_far_ones_too() -> None:
+    """In mode hier only near ranks see each other's micro-batches: the message to all tells the others."""
+
+    def work(rank: Rank) -> str:
+        steps = Steps(rank, EXPERTS, UNITS, **MODES["hier"])
+        steps.run(selections(0, rank.rank))
+        for unit in range(UNITS):
+            logits = torch.zeros(3, EXPERTS, requires_grad=True)
+            selected = torch.full((3, 1), EXPERTS if (rank.rank, unit) == (1, 1) else 0)
+            outs = [steps.balance(layer, logits, selected).sum() for layer in range(LAYERS)]
+            try:
+                torch.stack(outs).sum().backward()
+            except RouterError as error:
+                return f"unit {unit}: {error}"
+        with pytest.raises(RouterError) as caught:
+            steps.balance.finish()
+        return f"finish: {caught.value}"
+
+    when = run_ranks(RANKS, work)
+    assert [text.split(":")[0] for text in when] == ["unit 1", "unit 1", "finish", "finish"]
+    assert all("rank 1 selected experts outside 0 .. 5" in text for text in when)

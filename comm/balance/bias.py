@@ -33,7 +33,8 @@ class QuantileBiasSettings(Settings):
     the whole range; ours have few bins, which are fine about the present b_i and coarse far from it.
 
     rate: how much of the way to go.
-    bins: of each expert's histogram; each costs 4 bytes per expert in the message.
+    bins: of each expert's histogram; each costs 4 bytes per expert in every message, so modes stale and ema, with one
+      message per step, suit it best.
     """
 
     kind: Literal["quantile"] = "quantile"
