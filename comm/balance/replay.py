@@ -30,7 +30,7 @@ def will_be_recomputed() -> bool:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if _is_checkpoint(frame.f_code) and frame.f_locals["ctx"].next_functions:
+        if _is_checkpoint(frame.f_code) and getattr(frame.f_locals.get("ctx"), "next_functions", None):
             return True
         frame = frame.f_back
     return False
