@@ -114,7 +114,7 @@ def test_batches_depend_on_seed_and_sample_numbers_alone_and_sides_on_the_text(t
         ("data={corpus: labelled, files: [a.tsv], template: '{label}', labels: {a: b}}", "words of two labels"),
         ("data.labels={a: b}", "data.template and data.labels are for corpus: labelled"),
         ("data={corpus: labelled, files: [a], template: x, labels: {a: b, c: d}, tokenizer: t.json}", "data.tokenizer"),
-        ("model={kind: hff}", "model.kind: 'hff' is not known; allowed: gpt, hf"),
+        ("model={kind: hff}", "model.kind: 'hff' is not known; allowed: gpt, moe, hf"),
         ("model={kind: hf}", "model.path: missing"),
     ],
 )
