@@ -11,7 +11,11 @@ from thinwire.launch.lab import why_not
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-def test_in_the_lab_the_interface_confirms_the_meter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_in_the_lab_the_interface_confirms_the_meter(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The two all-reduces, and those whose table has a note; the methods between them have runs of their own elsewhere.
+    monkeypatch.setattr(demo, "VARIANTS", (*demo.VARIANTS[:2], *[v for v in demo.VARIANTS if v.note]))
     assert demo.demo(hosts=2, rate_bps=1e9, steps=2, folder=tmp_path) == 0
     said = capfd.readouterr().out
     assert "emulate" not in said
