@@ -200,8 +200,9 @@ def test_one_mpirun_across_the_hosts(tmp_path: Path) -> None:
         pytest.skip(f"{found} does not even say its version")
     script = "echo rank ${OMPI_COMM_WORLD_RANK:-$PMI_RANK} on $(hostname) lab=$THINWIRE_LAB"
     log = tmp_path / "log"
-    with Lab(hosts=3, ranks_per_host=2, rate_bps=1e9) as lab, log.open("w") as file:
-        run = lab.start_mpi(["sh", "-c", script], stdout=file, stderr=file)
-        assert run.wait(60) == 0, log.read_text()
+    errors = tmp_path / "errors"  # mpirun warns there, on a busy machine, that a child was faster than its parent
+    with Lab(hosts=3, ranks_per_host=2, rate_bps=1e9) as lab, log.open("w") as file, errors.open("w") as stderr:
+        run = lab.start_mpi(["sh", "-c", script], stdout=file, stderr=stderr)
+        assert run.wait(60) == 0, errors.read_text()
     lines = sorted(line for line in log.read_text().splitlines() if line)
     assert lines == [f"rank {rank} on host{rank // 2} lab=" for rank in range(6)]
