@@ -1,4 +1,4 @@
-"""Claim: balancing over the global batch costs less than 1 % of a step on links with 50 ms delay, in mode stale.
+"""Question: what share of a step does balancing over the global batch cost on links with 50 ms delay?
 
     python benchmarks/balance_overhead.py [--delay 50ms] [--gradients none int4] [--json FILE] [--plot FILE]
 

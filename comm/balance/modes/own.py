@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from thinwire.comm.balance.modes.mode import KnownStep, Setting
@@ -30,7 +31,7 @@ class Own:
 
     def end_step(self) -> None:
         """Add up this rank's step."""
-        self._rows = sum(unit.rows.long() for unit in self._units)  # type: ignore[assignment]
+        self._rows = torch.stack([unit.rows for unit in self._units]).sum(0, dtype=torch.int64)
         self._units = []
 
     def begin_step(self) -> None:
