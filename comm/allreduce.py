@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: DDP reads the hook's annotations and refuses strings.
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch.distributed import GradBucket, ProcessGroup
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from thinwire.comm.forecast import Exchange, Forecast, Parameter, Seat
 from thinwire.comm.queue import CommQueue, Pending, open_queue
 from thinwire.comm.settings import Settings
 from thinwire.comm.two_shot import TwoShotMean
@@ -135,6 +136,29 @@ def allreduce(
             "give both the same ranks"
         )
     return AllReduce(model, dtype, queue)
+
+
+def forecast_allreduce(settings: AllReduceSettings, buckets: Sequence[Sequence[Parameter]], seat: Seat) -> Forecast:
+    """What allreduce() will send in a step, without a process.
+
+    Args:
+        buckets: DDP's, in the order in which backward fills them.
+    """
+    mean = TwoShotMean(WIRE_DTYPES[settings.dtype])
+    exchanges = []
+    for index, bucket in enumerate(buckets):
+        sent = seat.by_level(mean.sent_bytes(sum(p.numel for p in bucket), seat.rank, seat.size))
+        exchanges.append(
+            Exchange(
+                f"allreduce/bucket{index}",
+                sent,
+                messages=2 * (seat.size - 1),
+                shots=dict.fromkeys(sent, 2),
+                when="backward",
+                needs=tuple(p.name for p in bucket),
+            )
+        )
+    return Forecast(tuple(exchanges))
 
 
 def _hook(state: AllReduce, bucket: GradBucket) -> Future[Tensor]:

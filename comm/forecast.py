@@ -1,0 +1,149 @@
+"""What a method will put on the wire, and when, from shapes and levels alone: before there are processes or weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+
+When: TypeAlias = Literal["gather", "backward", "step", "beside"]
+"""When an exchange begins, and who waits for it.
+
+gather: before a module's forward or backward pass, which waits for it; up to a unit ahead where it is prefetched.
+backward: as soon as the gradients that it needs are there, behind the rest of the backward pass; the optimizer waits.
+step: after the optimizer's step; the next step waits.
+beside: after the optimizer's step, behind the whole of the next one; the step after that waits.
+"""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a model that need not exist. numel is that of the whole, whoever holds it."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    trained: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A rank's place in a job that need not exist.
+
+    Args:
+        rank: this rank.
+        level_of_peer: for each rank of the job the name of the level that joins it to this one; "self" for this one.
+        levels: their names, fastest first, and the ranks in each group, those of the faster levels included.
+    """
+
+    rank: int
+    level_of_peer: tuple[str, ...]
+    levels: tuple[tuple[str, int], ...]
+
+    @property
+    def size(self) -> int:
+        """Ranks of the job."""
+        return len(self.level_of_peer)
+
+    def by_level(self, sent_bytes: Mapping[int, int]) -> dict[str, int]:
+        """Bytes by level of bytes by receiving rank."""
+        levels: Counter[str] = Counter()
+        for peer, count in sent_bytes.items():
+            if count:
+                levels[self.level_of_peer[peer]] += count
+        return dict(levels)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """Encoding and decoding that an exchange does on this rank, where its bytes wait for it.
+
+    codec: its YAML, such as {kind: topk, density: 0.01}, as JSON with sorted keys. encoded, decoded: elements.
+    """
+
+    codec: str
+    encoded: int
+    decoded: int
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one rank sends for one purpose, once.
+
+    operation: the meter knows it under names that begin so.
+    sent_bytes: payload of one occurrence, by level.
+    messages: that this rank sends in it, to all peers together.
+    shots: messages of it that come one after another on the longest path, each of which costs a latency, by level.
+    when: see When.
+    needs: parameters whose gradients it waits for; for when gather, those that it gathers. Empty: all.
+    per_step: occurrences in a step; 0.1 = in every tenth.
+    exact: whether the meter will count just these bytes; else their size depends on data, and this is what is expected.
+    """
+
+    operation: str
+    sent_bytes: Mapping[str, int]
+    messages: int
+    shots: Mapping[str, int]
+    when: When
+    needs: tuple[str, ...] = ()
+    per_step: float = 1.0
+    coding: tuple[Coding, ...] = ()
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of one rank under one method.
+
+    exchanges: of a step, in the order in which they are submitted.
+    memory_bytes: what is kept between steps, by state: params, grads, optim, and what else the method remembers.
+    remarks: what is not foretold, or only roughly, one sentence each.
+    """
+
+    exchanges: tuple[Exchange, ...]
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    def bytes_per_step(self) -> dict[str, float]:
+        """Payload bytes that this rank sends, by level, in the mean over steps."""
+        levels: Counter[str] = Counter()
+        for exchange in self.exchanges:
+            for level, count in exchange.sent_bytes.items():
+                levels[level] += count * exchange.per_step  # type: ignore[assignment]
+        return dict(levels)
+
+    def messages_per_step(self) -> float:
+        """Messages that this rank sends, in the mean over steps."""
+        return sum(exchange.messages * exchange.per_step for exchange in self.exchanges)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the meter will count just these bytes."""
+        return all(exchange.exact for exchange in self.exchanges)
+
+
+def seat_of(levels: Sequence[tuple[str, int]], rank: int) -> Seat:
+    """The place of `rank` where the groups of every level are runs of neighbouring ranks.
+
+    Args:
+        levels: names and sizes, fastest first; sizes count the ranks of the faster levels too, and the last holds all.
+    """
+    size = levels[-1][1]
+    names = []
+    for peer in range(size):
+        joined = (name for name, within in levels if peer // within == rank // within)
+        names.append("self" if peer == rank else next(joined))
+    return Seat(rank, tuple(names), tuple(levels))
+
+
+def total_numel(parameters: Iterable[Parameter]) -> int:
+    """Elements of all parameters that learn."""
+    return sum(parameter.numel for parameter in parameters if parameter.trained)

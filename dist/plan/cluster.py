@@ -1,0 +1,194 @@
+"""A cluster as a YAML file describes it, or as `thinwire probe` has measured it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from thinwire.comm.forecast import Seat, seat_of
+from thinwire.comm.settings import Settings
+from thinwire.comm.units import parse_delay, parse_rate
+from thinwire.dist.config_errors import ConfigError, explain
+
+
+def _rate(value: Any) -> Any:
+    return parse_rate(value, "link_bps") if isinstance(value, str) else value
+
+
+def _seconds(value: Any) -> Any:
+    return parse_delay(value, "seconds") if isinstance(value, str) else value
+
+
+Rate = Annotated[float, BeforeValidator(_rate), Field(gt=0)]
+"""Bits per second: a number, or a text such as 1gbit."""
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(ge=0)]
+"""Seconds: a number, or a text such as 20ms."""
+
+
+class LinkLevel(Settings):
+    """What joins the groups of the level before.
+
+    name: such as pair, node, world. size: ranks in each group, those of the faster levels included.
+    link_bps: of one link, in each direction. latency_s: one way, of a small message.
+    ranks_per_link: how many ranks send over one link at a time: 8 where the GPUs of a node share one card.
+    """
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    size: int = Field(gt=0)
+    link_bps: Rate
+    latency_s: Seconds = 0.0
+    ranks_per_link: int = Field(1, gt=0)
+
+    def send_s(self, sent_bytes: float, shots: float = 0.0) -> float:
+        """Seconds until all ranks have sent these bytes each, and waited for so many latencies: the alpha-beta model.
+
+        Hockney 1994: alpha + n / beta for each message, where a link is shared by as many as send over it.
+        """
+        return 8 * sent_bytes * self.ranks_per_link / self.link_bps + shots * self.latency_s
+
+
+class Device(Settings):
+    """One rank's processor. peak_flops: per second, at the precision of the run; utilisation: the share that is got."""
+
+    name: str = ""
+    memory_bytes: float = Field(gt=0)
+    peak_flops: float = Field(gt=0)
+    utilisation: float = Field(0.4, gt=0, le=1)
+
+    @property
+    def flops_per_s(self) -> float:
+        """What training gets."""
+        return self.peak_flops * self.utilisation
+
+
+class CodecSpeed(Settings):
+    """Seconds per element on one rank while all ranks work, and of one call whatever its size."""
+
+    encode_s: float = Field(ge=0)
+    decode_s: float = Field(ge=0)
+    call_s: float = Field(0.0, ge=0)
+
+
+class ComputeSpeed(Settings):
+    """Seconds that one rank computes while all do, of one micro-batch, and of the optimizer.
+
+    config: digest of the settings that it depends on: see compute_digest().
+    """
+
+    config: str
+    micro_batch: int = Field(gt=0)
+    forward_s: float = Field(ge=0)
+    backward_s: float = Field(ge=0)
+    optimizer_s: float = Field(ge=0)
+
+
+class Measured(Settings):
+    """What a probe adds to a description.
+
+    hosts: a name for each rank's.
+    cores_per_rank: processors that a rank has for itself; the ranks of an emulated cluster share some.
+    cpu_s_per_byte: of one rank's processor, for each byte that it sends and receives, copies and sums included.
+    codecs: by Coding.codec.
+    """
+
+    hosts: tuple[str, ...]
+    cores_per_rank: float = Field(gt=0)
+    cpu_s_per_byte: float = Field(0.0, ge=0)
+    codecs: dict[str, CodecSpeed] = Field(default_factory=dict)
+    computes: tuple[ComputeSpeed, ...] = ()
+
+
+class Cluster(Settings):
+    """A described cluster.
+
+    levels: fastest first; the last holds all ranks, and may be cut shorter or made longer by at().
+    price_per_device_hour: in the currency that you count in; 0 = not asked.
+    failures_per_device_hour: of devices that take their job down; for `thinwire simulate`.
+    jitter: relative standard deviation of the computing of a step; for `thinwire simulate`.
+    """
+
+    name: str = ""
+    levels: tuple[LinkLevel, ...] = Field(min_length=1)
+    device: Device
+    price_per_device_hour: float = Field(0.0, ge=0)
+    failures_per_device_hour: float = Field(0.0, ge=0)
+    jitter: float = Field(0.0, ge=0)
+    measured: Measured | None = None
+
+    @model_validator(mode="after")
+    def _levels_nest(self) -> Cluster:
+        names = [level.name for level in self.levels]
+        for i, level in enumerate(self.levels):
+            before = self.levels[i - 1].size if i else 1
+            if level.name in ("self", "rank", *names[:i]):
+                raise ValueError(f"levels[{i}].name: {level.name!r} is taken; give every level a name of its own")
+            if level.size % before or level.size < before:
+                raise ValueError(
+                    f"levels[{i}].size: {level.size} is no multiple of {before}, the size of {names[i - 1]!r} before "
+                    "it; a size counts the ranks of the faster levels too"
+                )
+            if level.ranks_per_link > before:
+                raise ValueError(
+                    f"levels[{i}].ranks_per_link: {level.ranks_per_link} ranks cannot share a link that leaves a group "
+                    f"of {before}; allowed is 1 to {before}"
+                )
+        if self.measured and len(self.measured.hosts) != self.size:
+            raise ValueError(
+                f"measured.hosts: {len(self.measured.hosts)} hosts for {self.size} ranks; a probe names one for each"
+            )
+        return self
+
+    @property
+    def size(self) -> int:
+        """Ranks of the whole cluster."""
+        return self.levels[-1].size
+
+    def level(self, name: str) -> LinkLevel:
+        """The level of that name. Raises KeyError."""
+        return {level.name: level for level in self.levels}[name]
+
+    def seat(self, rank: int = 0) -> Seat:
+        """The place of a rank, where the ranks of a group are neighbours."""
+        return seat_of([(level.name, level.size) for level in self.levels if level.size > 1] or [("world", 1)], rank)
+
+    def at(self, ranks: int) -> Cluster:
+        """The same machine with another number of ranks: its slowest level made as large; what was measured, left out.
+
+        Raises:
+            ValueError: the faster levels do not divide it.
+        """
+        inner = [level for level in self.levels[:-1] if level.size <= ranks]
+        if inner and ranks % inner[-1].size:
+            raise ValueError(
+                f"{ranks} ranks do not fill groups of {inner[-1].size} ({inner[-1].name}); give a multiple of it"
+            )
+        if inner and inner[-1].size == ranks:
+            levels = inner
+        else:
+            levels = [*inner, self.levels[-1].model_copy(update={"size": ranks})]
+        kept = self.measured if ranks == self.size else None
+        return self.model_copy(update={"levels": tuple(levels), "measured": kept})
+
+
+def load_cluster(path: Path) -> Cluster:
+    """Read a description (YAML) or what a probe wrote (JSON).
+
+    Raises:
+        ConfigError: with every mistake: path of the setting, value, what is allowed.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; give one of configs/clusters/*.yaml, or a probe's JSON")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys and values, such as `levels: [...]`; found {data!r}")
+    data.setdefault("name", path.stem)
+    try:
+        return Cluster.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, Cluster, str(path))) from None
