@@ -84,7 +84,12 @@ class Exchange:
     shots: messages of it that come one after another on the longest path, each of which costs a latency, by level.
     when: see When.
     needs: parameters whose gradients it waits for; for when gather, those that it gathers. Empty: all.
-    per_step: occurrences in a step; 0.1 = in every tenth.
+    per_step: occurrences in a step; 0.1 = in every tenth. Of a gather 2 for each micro-batch where forward and backward
+        both need it, 1 for each where what forward gathered stays, 1 in all = in the first forward only. Of what waits
+        for gradients 1 = in the last backward pass, as many as micro-batches = in each.
+    queue: exchanges of one queue run one after another, in the order in which they become ready; different queues run
+        at the same time, but share the links. Exchanges with the same needs follow one another in any case, such as the
+        levels of one gather.
     exact: whether the meter will count just these bytes; else their size depends on data, and this is what is expected.
     """
 
@@ -97,6 +102,7 @@ class Exchange:
     per_step: float = 1.0
     coding: tuple[Coding, ...] = ()
     exact: bool = True
+    queue: str = "main"
 
 
 @dataclass(frozen=True)
