@@ -19,6 +19,9 @@ beside: after the optimizer's step, behind the whole of the next one; the step a
 """
 
 
+_DETECTED = ("pair", "node", "fabric")  # levels that a job finds by itself, between one rank and all
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A parameter of a model that need not exist. numel is that of the whole, whoever holds it."""
@@ -60,6 +63,36 @@ class Seat:
             if count:
                 levels[self.level_of_peer[peer]] += count
         return dict(levels)
+
+    def size_of(self, name: str) -> int:
+        """Ranks in each group of the level of this name.
+
+        A name that a job detects, and for which this one has no level, stands for the next faster one, or for single
+        ranks; world for all.
+
+        Raises:
+            ValueError: there is no such level.
+        """
+        sizes = dict(self.levels)
+        if name in sizes:
+            return sizes[name]
+        if name == "world":
+            return self.size
+        if name not in _DETECTED:
+            known = ", ".join(dict.fromkeys((*sizes, *_DETECTED, "world")))
+            raise ValueError(f"there is no level {name!r}; it has {known}")
+        return 1 if name == "pair" else sizes.get("node", sizes.get("pair", 1))
+
+    def groups(self, name: str) -> tuple[tuple[int, ...], ...]:
+        """The groups of that level, runs of neighbours: every rank in exactly one. Raises: as size_of()."""
+        size = self.size_of(name)
+        return tuple(tuple(range(first, first + size)) for first in range(0, self.size, size))
+
+    def group(self, name: str) -> tuple[int, ...]:
+        """This rank's group of that level. Raises: as size_of()."""
+        size = self.size_of(name)
+        first = self.rank // size * size
+        return tuple(range(first, first + size))
 
 
 @dataclass(frozen=True)
