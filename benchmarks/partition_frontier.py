@@ -5,8 +5,8 @@
 Predicts, from shapes and configs/clusters/frontier.yaml alone, a step of two GPTs on 16 to 384 GCDs: bytes by level as
 thinwire predicts them (tests compare that with what is sent), seconds of a level = bytes / bandwidth + exchanges x
 (peers - 1) x latency, nothing hidden behind computing (but for the column `if hidden`), and computing = 8 x parameters
-x tokens (activations are recomputed) at 40 % of the peak. All schemes are computed as thinwire would run them, level by
-level: DeepSpeed's own ZeRO++ does worse.
+x tokens (activations are recomputed) at the share of the peak that the file says, 40 %. All schemes are computed as
+thinwire would run them, level by level: DeepSpeed's own ZeRO++ does worse.
 
 Xu et al. 2025 (2501.04266) do not say how many tokens a GCD had. By default that one number is set so that ZeRO++ gains
 on ZeRO-3 for 20 B on 384 GCDs what they measured, 1.405. What their scheme (parameters over a pair, gradients over a
@@ -25,8 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import Field
 from runner import Row, arguments, report
 
 from thinwire.comm.partition.blocks import find_blocks
@@ -34,14 +32,13 @@ from thinwire.comm.partition.levels import Levels, build_levels
 from thinwire.comm.partition.placement import place
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.traffic import UnitShapes, predict_flows, unit_shapes
-from thinwire.comm.settings import Settings
 from thinwire.dist.models import build_model
 from thinwire.dist.models.gpt import GPTSettings
+from thinwire.dist.plan.cluster import Cluster, load_cluster
 
 CLUSTER = Path(__file__).resolve().parent.parent / "configs" / "clusters" / "frontier.yaml"
 GCDS = (16, 32, 64, 128, 256, 384)
 PUBLISHED_ZEROPP_GAIN, PUBLISHED_TOPO_GAIN, PUBLISHED_EFFICIENCY = 1.405, 1.707, 0.94
-SHARE_OF_PEAK = 0.4
 FLOPS_PER_PARAMETER = 8  # and token: 2 forward, 2 again, 4 backward
 VOCAB, CONTEXT = 50304, 2048
 MODELS = {
@@ -68,28 +65,6 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
 }
 SHOWN = 4  # of the best triples
 PAPERS = "pair, node, world; int8, int4"
-
-
-class LinkLevel(Settings):
-    """What joins the ranks of a level: bytes per second for each rank, in each direction."""
-
-    name: str
-    size: int = Field(gt=0)
-    bandwidth_bytes_per_s: float = Field(gt=0)
-    latency_s: float = Field(ge=0)
-
-
-class Cluster(Settings):
-    """levels: fastest first, with the ranks in each group. memory_bytes, peak_flops: of one device."""
-
-    levels: tuple[LinkLevel, ...]
-    memory_bytes: float = Field(gt=0)
-    peak_flops: float = Field(gt=0)
-
-    def at(self, ranks: int) -> Levels:
-        """Its first ranks."""
-        sizes = [*(level.size for level in self.levels[:-1]), ranks]
-        return build_levels([level.name for level in self.levels], sizes, range(ranks), rank=0)
 
 
 @dataclass(frozen=True)
@@ -139,18 +114,17 @@ class Plan:
 
     def step(self, model: Model, ranks: int, way: Mapping[str, Any]) -> Step:
         settings = PartitionSettings.model_validate({"weights": "bf16", **way})
-        levels = self.cluster.at(ranks)
+        cluster = self.cluster.at(ranks)
+        levels = levels_of(cluster)
         flows = predict_flows(model.units, levels, settings, micro_batches=self.micro_batches)
-        by_name = {level.name: level for level in self.cluster.levels}
-        level_s = dict.fromkeys(by_name, 0.0)
+        level_s = {level.name: 0.0 for level in cluster.levels}
         for flow in flows:
-            link, peers = by_name[flow.level], levels.fanouts[levels.names.index(flow.level)]
-            level_s[flow.level] += flow.payload_bytes / link.bandwidth_bytes_per_s
-            level_s[flow.level] += flow.exchanges * (peers - 1) * link.latency_s
+            link, peers = cluster.level(flow.level), levels.fanouts[levels.names.index(flow.level)]
+            level_s[flow.level] += link.send_s(flow.payload_bytes, flow.exchanges * (peers - 1))
         tokens = self.tokens * self.micro_batches
         flops = FLOPS_PER_PARAMETER * model.numel * tokens
         return Step(
-            compute_s=flops / (SHARE_OF_PEAK * self.cluster.peak_flops),
+            compute_s=flops / cluster.device.flops_per_s,
             level_s=level_s,
             memory_bytes=self._states(model, levels, settings) + model.activation_bytes(self.tokens),
             tokens=tokens,
@@ -177,7 +151,7 @@ def main() -> None:
     parser.add_argument("--micro-batches", type=int, nargs="+", default=[1, 8], help="in a step")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw throughput against GCDs there")
     options = parser.parse_args()
-    cluster = Cluster.model_validate(yaml.safe_load(CLUSTER.read_text()))
+    cluster = load_cluster(CLUSTER)
     models = {name: read(shape) for name, shape in MODELS.items()}
     tokens = options.tokens or fit_tokens(cluster, models["20 B"])
     print(f"{tokens:,.0f} tokens for each GCD and micro-batch\n")
@@ -196,6 +170,12 @@ def read(shape: Mapping[str, Any]) -> Model:
     settings = GPTSettings.model_validate(shape)
     model = build_model(settings, tokenizer_vocab=VOCAB, seed=0, device=torch.device("meta"))
     return Model(settings, tuple(unit_shapes(model, find_blocks(model))))
+
+
+def levels_of(cluster: Cluster) -> Levels:
+    """As partitioning numbers the ranks of this cluster."""
+    names, sizes = zip(*((level.name, level.size) for level in cluster.levels), strict=True)
+    return build_levels(names, sizes, range(cluster.size), rank=0)
 
 
 def fit_tokens(cluster: Cluster, model: Model) -> float:
@@ -234,7 +214,7 @@ def compare(name: str, model: Model, plan: Plan) -> list[Row]:
 def efficiency(model: Model, plan: Plan, way: Mapping[str, Any]) -> tuple[int, float]:
     """The smallest count of GCDs whose memory is enough, and throughput per GCD on all in shares of that there."""
     steps = ((ranks, plan.step(model, ranks, way)) for ranks in GCDS)
-    fewest, smallest = next((r, s) for r, s in steps if s.memory_bytes <= plan.cluster.memory_bytes)
+    fewest, smallest = next((r, s) for r, s in steps if s.memory_bytes <= plan.cluster.device.memory_bytes)
     return fewest, plan.step(model, max(GCDS), way).tokens_per_s / smallest.tokens_per_s
 
 
@@ -246,7 +226,7 @@ def best(model: Model, plan: Plan) -> list[dict[str, Any]]:
         for secondary in [None, *names[: names.index(params)]]:
             way = {"params": params, "grads": grads, "optim": optim, "secondary": secondary, **THIN}
             step = plan.step(model, max(GCDS), way)
-            if step.memory_bytes <= plan.cluster.memory_bytes:
+            if step.memory_bytes <= plan.cluster.device.memory_bytes:
                 found.append((step.seconds, step.memory_bytes, way))
     chosen: list[tuple[float, float, dict[str, Any]]] = []
     for each in sorted(found, key=lambda each: each[:2]):
@@ -285,7 +265,7 @@ def draw(models: Mapping[str, Model], plans: Sequence[Plan], path: Path) -> None
     for axes, (plan, (name, model)) in zip(panels.flat, itertools.product(plans, models.items()), strict=True):
         for label, way in WAYS.items():
             steps = [(ranks, plan.step(model, ranks, way)) for ranks in GCDS]
-            fitting = [(r, s.tokens_per_s) for r, s in steps if s.memory_bytes <= plan.cluster.memory_bytes]
+            fitting = [(r, s.tokens_per_s) for r, s in steps if s.memory_bytes <= plan.cluster.device.memory_bytes]
             axes.plot(*zip(*fitting, strict=True), marker="o", label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(GCDS, [str(ranks) for ranks in GCDS])
