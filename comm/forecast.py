@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import torch
+
+from thinwire.comm.settings import Settings
 
 When: TypeAlias = Literal["gather", "backward", "step", "beside"]
 """When an exchange begins, and who waits for it.
@@ -19,7 +22,7 @@ beside: after the optimizer's step, behind the whole of the next one; the step a
 """
 
 
-_DETECTED = ("pair", "node", "fabric")  # levels that a job finds by itself, between one rank and all
+DETECTED = ("pair", "node", "fabric")  # levels that a job finds by itself, between one rank and all
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Seat:
             return sizes[name]
         if name == "world":
             return self.size
-        if name not in _DETECTED:
-            known = ", ".join(dict.fromkeys((*sizes, *_DETECTED, "world")))
+        if name not in DETECTED:
+            known = ", ".join(dict.fromkeys((*sizes, *DETECTED, "world")))
             raise ValueError(f"there is no level {name!r}; it has {known}")
         return 1 if name == "pair" else sizes.get("node", sizes.get("pair", 1))
 
@@ -99,7 +102,7 @@ class Seat:
 class Coding:
     """Encoding and decoding that an exchange does on this rank, where its bytes wait for it.
 
-    codec: its YAML, such as {kind: topk, density: 0.01}, as JSON with sorted keys. encoded, decoded: elements.
+    codec: see codec_label(). encoded, decoded: elements of the tensors, whatever is kept of them.
     """
 
     codec: str
@@ -181,6 +184,12 @@ def seat_of(levels: Sequence[tuple[str, int]], rank: int) -> Seat:
         joined = (name for name, within in levels if peer // within == rank // within)
         names.append("self" if peer == rank else next(joined))
     return Seat(rank, tuple(names), tuple(levels))
+
+
+def codec_label(codec: Settings) -> str:
+    """The settings of a codec but for its defaults, as JSON with sorted keys: {"density": 0.01, "kind": "topk"}."""
+    given = codec.model_dump(mode="json", exclude_defaults=True)
+    return json.dumps({**given, "kind": getattr(codec, "kind", type(codec).__name__)}, sort_keys=True)
 
 
 def total_numel(parameters: Iterable[Parameter]) -> int:

@@ -20,7 +20,7 @@ from thinwire.comm.balance.fused import Routing, apply, route_experts
 from thinwire.comm.balance.inject import inject, register, selection_bias
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.balance.load_metrics import load_metrics
-from thinwire.comm.balance.modes.build import build_bus, build_mode
+from thinwire.comm.balance.modes.build import build_bus, build_mode, messages_per_step
 from thinwire.comm.balance.modes.mode import Setting
 from thinwire.comm.balance.recorder import StepRecorder
 from thinwire.comm.balance.settings import BalanceSettings, ModeName, Scope
@@ -319,7 +319,7 @@ class LoadBalance:
         levels: dict[str, int] = defaultdict(int)
         if not len(self._layers):
             return {}
-        for messages, near in zip(self._mode.messages_per_step(), (False, True), strict=True):
+        for messages, near in zip(self._messages(), (False, True), strict=True):
             for level, count in (self._bus.sent_bytes(near=near) if messages else {}).items():
                 levels[level] += messages * count
         return {level: count for level, count in levels.items() if count}
@@ -333,7 +333,7 @@ class LoadBalance:
             num_experts=self.num_experts,
             ranks=len(self._bus.inner) if setting.near else setting.size,
             micro_batches=setting.micro_batches,
-            messages=sum(self._mode.messages_per_step()),
+            messages=sum(self._messages()),
             sent_bytes=self.predicted_bytes(),
         )
 
@@ -365,6 +365,9 @@ class LoadBalance:
     def remove(self) -> None:
         """Leave the logits as they are from now on."""
         self._recorder.removed = True
+
+    def _messages(self) -> tuple[int, int]:
+        return messages_per_step(self.settings, self._setting.micro_batches)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LoadBalance:
         """Itself: the copy of a model, of averaged weights say, has the same balance, and may only be evaluated."""

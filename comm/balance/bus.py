@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.balance.columns import Columns
-from thinwire.comm.balance.count_sum import sent_bytes, sum_counts
+from thinwire.comm.balance.count_sum import sent_bytes, shots, sum_counts
 from thinwire.comm.balance.errors import NonFiniteLogitsError, RouterError
 from thinwire.comm.balance.layer_map import LayerMap
 from thinwire.comm.channel import Channel
 from thinwire.comm.queue import CommQueue, Pending
 
+COUNTS = "balance/counts"
 _HASH_INTS = 4
 _TAIL_INTS = 3  # after the rows: tokens announced, the micro-batch's place in its step, and that squared
 _PLACES = 1 << 14  # whose square fits, and whose sum over many ranks stays exact
@@ -104,7 +105,7 @@ class StatisticsBus:
         def exchange(channel: Channel) -> Totals | Exception:
             return agreement.wait() or self._sum(self._reach(channel, near), message)
 
-        return Sent(self.queue.submit("balance/counts", exchange))
+        return Sent(self.queue.submit(COUNTS, exchange))
 
     def check(self, rows: Tensor) -> None:
         """Of this rank alone, where nothing is sent.
@@ -119,9 +120,9 @@ class StatisticsBus:
     def sent_bytes(self, *, near: bool = False) -> dict[str, int]:
         """Payload bytes of one message, by level."""
         ranks = self.inner if near else list(range(self.queue.size))
-        numel = len(self.layers) * self.columns.width + _TAIL_INTS
         levels: dict[str, int] = defaultdict(int)
-        for place, count in sent_bytes(numel, ranks.index(self.queue.rank), len(ranks)).items():
+        sent = message_bytes(len(self.layers), self.columns, ranks.index(self.queue.rank), len(ranks))
+        for place, count in sent.items():
             levels[self.queue.meter.level_of(self.queue.peers[ranks[place]])] += count
         return dict(levels)
 
@@ -177,6 +178,16 @@ class StatisticsBus:
         texts = channel.all_gather_same(padded.to(device)).cpu()
         lists = [bytes(t[: int(n)].tolist()).decode().split("\n") for t, n in zip(texts, told[:, -1], strict=True)]
         return ValueError(_difference(lists, self._ranks(channel)))
+
+
+def message_bytes(layers: int, columns: Columns, place: int, size: int) -> dict[int, int]:
+    """Payload bytes of one message from the rank in this place among `size`, by the place of the receiver."""
+    return sent_bytes(layers * columns.width + _TAIL_INTS, place, size)
+
+
+def message_shots(layers: int, columns: Columns, size: int) -> int:
+    """How many latencies one message among so many ranks takes."""
+    return shots(layers * columns.width + _TAIL_INTS, size)
 
 
 def channel_needs_gpu(queue: CommQueue) -> bool:

@@ -19,6 +19,7 @@ from thinwire.comm.queue import CommQueue
 # Of a count; a flow of less than half of the last one is rounded away.
 _FRACTION_BITS = 16
 _INT64_BYTES = 8
+CONSENSUS = "balance/consensus"
 
 
 class ConsensusBus(StatisticsBus):
@@ -63,15 +64,14 @@ class ConsensusBus(StatisticsBus):
         def exchange(channel: Channel) -> Totals | Exception:
             return agreement.wait() or self._even_out(channel, rows)
 
-        return Sent(self.queue.submit("balance/consensus", exchange))
+        return Sent(self.queue.submit(CONSENSUS, exchange))
 
     def sent_bytes(self, *, near: bool = False) -> dict[str, int]:
         """Payload bytes of the next message, by level."""
         levels: dict[str, int] = defaultdict(int)
         for neighbour in self._graph.mixing(self._round).sources(self.queue.rank):
-            levels[self.queue.meter.level_of(self.queue.peers[neighbour])] += (
-                len(self.layers) * (self.columns.tokens + 1) * _INT64_BYTES
-            )
+            level = self.queue.meter.level_of(self.queue.peers[neighbour])
+            levels[level] += neighbour_bytes(len(self.layers), self.columns)
         return dict(levels)
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,3 +120,8 @@ class ConsensusBus(StatisticsBus):
             # Both ends compute it from the same numbers, up to the sign, in fp64, and rounding half to even is odd.
             mixed += (mixing.rows[channel.rank][neighbour] * (theirs - shares).double()).round().long()
         return mixed
+
+
+def neighbour_bytes(layers: int, columns: Columns) -> int:
+    """Payload bytes of one message to one neighbour."""
+    return layers * (columns.tokens + 1) * _INT64_BYTES

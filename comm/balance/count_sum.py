@@ -44,5 +44,10 @@ def sent_bytes(numel: int, rank: int, size: int) -> dict[int, int]:
     return {r: splits[r] * _INT32_BYTES + splits[rank] * _INT64_BYTES for r in others}
 
 
+def shots(numel: int, size: int) -> int:
+    """Messages of sum_counts() that come one after another."""
+    return 1 if _is_direct(numel, size) else 2
+
+
 def _is_direct(numel: int, size: int) -> bool:
     return (size - 1) * numel * _INT32_BYTES <= _DIRECT_UP_TO_BYTES

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from thinwire.comm.queue import CommQueue
 
+COUNTS, ROWS, GRADIENTS = "experts/counts", "experts/rows", "experts/gradients"
+
 
 @dataclass(frozen=True)
 class Arrived:
@@ -67,7 +69,7 @@ class ExpertExchange:
         theirs = torch.empty_like(counts)
         ones = [1] * size
         self.queue.submit(
-            "experts/counts",
+            COUNTS,
             lambda channel: channel.among(self.ranks).all_to_all(theirs, counts, ones, ones),
         ).wait()
         sent, splits = counts.sum(1).tolist(), theirs.sum(1).tolist()
@@ -95,18 +97,23 @@ class ExpertExchange:
         return out
 
 
+def count_bytes(held: int) -> int:
+    """Payload bytes of the numbers of rows that go to a rank that holds so many experts."""
+    return held * torch.int32.itemsize
+
+
 class _Travel(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, rows: Tensor, exchange: ExpertExchange, output_splits: list[int], input_splits: list[int]
     ) -> Tensor:
         ctx.way_back = exchange, input_splits, output_splits
-        return exchange.all_to_all("experts/rows", rows, output_splits, input_splits)
+        return exchange.all_to_all(ROWS, rows, output_splits, input_splits)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         exchange, output_splits, input_splits = ctx.way_back
-        return exchange.all_to_all("experts/gradients", gradient, output_splits, input_splits), None, None, None
+        return exchange.all_to_all(GRADIENTS, gradient, output_splits, input_splits), None, None, None
 
 
 def _travel(rows: Tensor, exchange: ExpertExchange, output_splits: list[int], input_splits: list[int]) -> Tensor:

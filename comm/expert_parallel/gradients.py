@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from thinwire.comm.channel import Channel
 from thinwire.comm.queue import CommQueue, Pending
 from thinwire.comm.two_shot import TwoShotMean
+
+WEIGHT_GRADIENTS, NORM = "experts/weight_gradients", "experts/norm"
 
 
 class ExpertGradients:
@@ -45,9 +47,7 @@ class ExpertGradients:
             return
         flat = gradient.view(-1)
         self._pending.append(
-            self._queue.submit(
-                "experts/weight_gradients", lambda channel: self._mean(channel.among(self._replicas), flat)
-            )
+            self._queue.submit(WEIGHT_GRADIENTS, lambda channel: self._mean(channel.among(self._replicas), flat))
         )
 
     def finish(self, gradients: Sequence[Tensor]) -> None:
@@ -67,7 +67,7 @@ class ExpertGradients:
         """
         norm = torch.nn.utils.get_total_norm(shared)
         own = torch.nn.utils.get_total_norm(held).to(norm)
-        norms = self._queue.submit("experts/norm", lambda channel: self._gather(channel, own)).wait()
+        norms = self._queue.submit(NORM, lambda channel: self._gather(channel, own)).wait()
         whole: Tensor = torch.linalg.vector_norm(torch.cat((norms, norm.view(1))))
         return whole
 
@@ -76,13 +76,21 @@ class ExpertGradients:
 
     def sent_bytes(self, numels: Sequence[int]) -> dict[str, int]:
         """Payload bytes that this rank sends per step, by level, for gradients of so many elements and their norm."""
-        by_rank = dict.fromkeys((rank for rank in self._ranks if rank != self._queue.rank), torch.float32.itemsize)
-        place, size = self._replicas.index(self._queue.rank), len(self._replicas)
+        by_rank = Counter(norm_bytes(self._queue.rank, self._ranks))
         for numel in numels:
-            for replica, count in self._mean.sent_bytes(numel, place, size).items():
-                rank = self._replicas[replica]
-                by_rank[rank] = by_rank.get(rank, 0) + count
+            by_rank.update(gradient_bytes(self._mean, numel, self._queue.rank, self._replicas))
         levels: dict[str, int] = defaultdict(int)
         for rank, count in by_rank.items():
             levels[self._queue.meter.level_of(self._queue.peers[rank])] += count
         return dict(levels)
+
+
+def gradient_bytes(mean: TwoShotMean, numel: int, rank: int, replicas: Sequence[int]) -> dict[int, int]:
+    """Payload bytes that `rank` sends for a gradient of so many elements, by the replica that it is sent to."""
+    sent = mean.sent_bytes(numel, list(replicas).index(rank), len(replicas))
+    return {replicas[place]: count for place, count in sent.items()}
+
+
+def norm_bytes(rank: int, ranks: Sequence[int]) -> dict[int, int]:
+    """Payload bytes that `rank` sends for the norm, by receiver."""
+    return {other: torch.float32.itemsize for other in ranks if other != rank}

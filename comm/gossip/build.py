@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.algorithm import Parts
 from thinwire.comm.gossip.budget import BudgetSettings
@@ -16,7 +14,7 @@ from thinwire.comm.gossip.graphs.links import Links
 from thinwire.comm.gossip.mixing import Graph
 from thinwire.comm.gossip.port import Port
 from thinwire.comm.gossip.probes import Probes
-from thinwire.comm.gossip.replica import Replica, VectorReplica
+from thinwire.comm.gossip.replica import Replica, ShapeReplica
 from thinwire.comm.gossip.schedule import EverySettings, build_schedule
 from thinwire.comm.gossip.settings import GossipSettings
 from thinwire.comm.gossip.simulation import Simulation
@@ -125,7 +123,7 @@ def _cost_bytes(settings: GossipSettings, graph: Graph, numel: int) -> int | Non
     for round in range(graph.period or 64):
         for rank, port in enumerate(machines.ports):
             if graph.mixing(round).targets(rank):
-                replica = VectorReplica(torch.zeros(numel))
+                replica = ShapeReplica([numel])
                 algorithm = settings.algorithm.build(Parts(replica, port, graph, settings.deadline_s, settings.seed))
                 sent = algorithm.sent_bytes(Turn(round, round, graph.mixing(round)))
                 return max(sent.values(), default=None)

@@ -75,6 +75,10 @@ class Plain:
 
     def payload_bytes(self, numel: int, itemsize: int) -> int | None:
         """As Codec says."""
+        return self.expected_bytes(numel, itemsize)
+
+    def expected_bytes(self, numel: int, itemsize: int) -> int:
+        """Of every payload."""
         return numel * (self._dtype.itemsize if self._dtype else itemsize)
 
     def state_dict(self) -> dict[str, Any]:

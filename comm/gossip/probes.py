@@ -91,7 +91,7 @@ class Probes:
     def sent_bytes(self) -> dict[int, int]:
         """Payload bytes of one publish(), by machine."""
         leader = self._leader()
-        return {} if leader == self._port.rank else {leader: 4 * self._count}
+        return {} if leader == self._port.rank else {leader: probe_bytes(self._count)}
 
     def metrics(self) -> dict[str, float]:
         """`consensus_distance`, Xi, and `consensus_spread`, its relative standard deviation, where it is gathered."""
@@ -108,6 +108,11 @@ class Probes:
             self._found.setdefault(number, {})[rank] = projected
         while len(self._found) > _KEPT:
             del self._found[min(self._found)]
+
+
+def probe_bytes(count: int) -> int:
+    """Payload of so many probes."""
+    return 4 * count
 
 
 def project(value: Tensor, count: int, seed: int, number: int) -> Tensor:
@@ -138,8 +143,8 @@ def decode(payload: Tensor, count: int) -> Tensor:
     Raises:
         PayloadError: it is not so many finite numbers.
     """
-    if len(payload) != 4 * count:
-        raise PayloadError(f"{count} probes take {4 * count} bytes, not {len(payload)}")
+    if len(payload) != probe_bytes(count):
+        raise PayloadError(f"{count} probes take {probe_bytes(count)} bytes, not {len(payload)}")
     numbers = payload.clone().view(torch.float32)
     if not bool(numbers.isfinite().all()):
         raise PayloadError("a probe is not finite")

@@ -72,6 +72,36 @@ class VectorReplica:
         self.g = value.clone()
 
 
+class ShapeReplica:
+    """A replica that need not exist: an algorithm that is made for it says what it would send, and nothing else.
+
+    Args:
+        sizes: of the tensors that learn. statistics: elements of those that do not.
+    """
+
+    dtype = torch.float32
+    device = torch.device("meta")
+    lr = 1.0
+
+    def __init__(self, sizes: Sequence[int], statistics: int = 0) -> None:
+        self.sizes = sizes
+        self.numel = sum(sizes) + statistics
+
+    def weights(self) -> Tensor:
+        """None of them."""
+        return torch.empty(0)
+
+    def set_weights(self, value: Tensor) -> None:
+        """Nothing to set."""
+
+    def gradient(self) -> Tensor:
+        """None."""
+        return torch.empty(0)
+
+    def set_gradient(self, value: Tensor) -> None:
+        """Nothing to set."""
+
+
 class ModelReplica:
     """The trainable parameters of a model, one after another, in fp32.
 

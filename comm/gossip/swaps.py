@@ -89,6 +89,12 @@ class Swaps:
         self.made = 0
         self.sent_bytes: dict[int, int] = {}
 
+    def payload_bytes(self, numel: int, itemsize: int) -> int:
+        """Of every ask and answer."""
+        count = self._codec.payload_bytes(numel, itemsize)
+        assert count is not None
+        return count
+
     def can_ask(self, ranks: list[int]) -> list[int]:
         """Those of the machines that may be asked now."""
         self._forget_the_lost()

@@ -20,8 +20,9 @@ from thinwire.comm.queue import CommQueue
 from thinwire.comm.rank_names import name_ranks
 
 OPERATION = "onebyte/round"
+SNAPSHOT = "onebyte/snapshot"
+HASH_BYTES = 32
 _DIGEST_BYTES = 8
-_HASH_BYTES = 32
 
 
 class FixedExchange:
@@ -52,9 +53,7 @@ class FixedExchange:
         self._has_compared = False
         if self._size > SHARED_SLOT:
             raise ValueError(f"OneByteSPSA: {self._size} ranks; a run has {SHARED_SLOT} at most")
-        self._spread: Spread = (
-            Flooding(flood, self._rank, self._size, samples) if flood else AllGather(self._rank, self._size, samples)
-        )
+        self._spread = spread_of(flood, self._rank, self._size, samples)
         self._rates: deque[float] = deque()  # of the rounds that are under way, the oldest first
         if self._queue:
             self._compare_starts(self._queue, manifest, flood)
@@ -99,7 +98,7 @@ class FixedExchange:
             return
         mine = _as_tensor(model_hash)
         self._has_compared = True
-        rows = self._queue.submit("onebyte/snapshot", lambda channel: self._spread.gather(channel, mine)).wait()
+        rows = self._queue.submit(SNAPSHOT, lambda channel: self._spread.gather(channel, mine)).wait()
         odd = [rank for rank, row in enumerate(rows) if not torch.equal(row, rows[0])]
         if odd:
             raise ModelMismatchError(
@@ -139,7 +138,7 @@ class FixedExchange:
         """What this rank sends in a round, by level; more if the last one ended in a snapshot, which is compared."""
         counts: dict[str, int] = {}
         if self._queue:
-            compared = self._spread.gather_bytes(_HASH_BYTES) if self._has_compared else [0] * self._size
+            compared = self._spread.gather_bytes(HASH_BYTES) if self._has_compared else [0] * self._size
             for peer, codes_bytes, hash_bytes in zip(
                 self._queue.peers, self._spread.sent_bytes(), compared, strict=True
             ):
@@ -172,6 +171,14 @@ class FixedExchange:
     def _in_job(self, ranks: Sequence[int]) -> list[int]:
         assert self._queue
         return [self._queue.peers[rank] for rank in ranks]
+
+
+def spread_of(flood: FloodSettings | None, rank: int, size: int, samples: int) -> Spread:
+    """How a rank's bytes reach the others.
+
+    Raises: ValueError: the graph is not one of so many ranks.
+    """
+    return Flooding(flood, rank, size, samples) if flood else AllGather(rank, size, samples)
 
 
 def _as_tensor(data: bytes) -> Tensor:

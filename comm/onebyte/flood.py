@@ -170,6 +170,8 @@ class Flooding:
         self._redundant = settings.redundant
         self._flood = Flood(rank, self._sides, samples, settings.hops, redundant=settings.redundant)
         self.lag = self._flood.lag
+        self.hops = self._flood.hops
+        self.gather_hops = self._flood.diameter
 
     def exchange(self, channel: Channel, codes: Tensor) -> Tensor:
         """As Spread says."""
@@ -186,6 +188,11 @@ class Flooding:
     def gather_bytes(self, row_bytes: int) -> list[int]:
         """As Spread says."""
         return _sent_bytes(self._once(row_bytes))
+
+    def messages(self, hops: int) -> int:
+        """As Spread says."""
+        flood = self._flood if hops == self.hops else self._once(1)
+        return sum(bool(rows) for hop in range(flood.hops) for rows in flood.splits(hop)[0])
 
     def reset(self) -> None:
         """As Spread says."""

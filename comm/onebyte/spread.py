@@ -12,10 +12,13 @@ from thinwire.comm.channel import Channel
 class Spread(Protocol):
     """Lets every rank know every rank's bytes.
 
-    Attributes: lag, the exchanges that a round takes to become complete beyond the one in which it begins.
+    Attributes: lag, the exchanges that a round takes to become complete beyond the one in which it begins. hops,
+        latencies of exchange(); gather_hops, those of gather().
     """
 
     lag: int
+    hops: int
+    gather_hops: int
 
     def exchange(self, channel: Channel, codes: Tensor) -> Tensor:
         """Begin a round with this rank's codes, uint8 (samples,).
@@ -37,6 +40,10 @@ class Spread(Protocol):
         """What gather() sends to each rank."""
         ...
 
+    def messages(self, hops: int) -> int:
+        """How many this rank sends in exchange() or gather(), whose hops these are."""
+        ...
+
     def reset(self) -> None:
         """Forget the rounds that are not complete."""
         ...
@@ -54,6 +61,7 @@ class AllGather:
     """Every rank sends its bytes straight to every other: one latency, and nothing is under way between two rounds."""
 
     lag = 0
+    hops = gather_hops = 1
 
     def __init__(self, rank: int, size: int, samples: int) -> None:
         self._rank = rank
@@ -75,6 +83,10 @@ class AllGather:
     def gather_bytes(self, row_bytes: int) -> list[int]:
         """As Spread says."""
         return [0 if rank == self._rank else row_bytes for rank in range(self._size)]
+
+    def messages(self, hops: int) -> int:
+        """As Spread says."""
+        return self._size - 1
 
     def reset(self) -> None:
         """Nothing is under way."""

@@ -171,6 +171,12 @@ class GradientShard:
         per_leaf = self._between.leaves
         return [self._ownership.count(first, first + per_leaf) for first in range(0, self._ownership.owners, per_leaf)]
 
+    def encoded_counts(self) -> dict[str, int]:
+        """Elements that this rank writes for each level on their way once, by its name; it reads about as many."""
+        counts = self._inside.reduce_scatter_counts(self._inside_counts())
+        counts |= self._between.reduce_scatter_counts(self._counts)
+        return counts | self._replicas.reduce_scatter_counts(self._pieces)
+
     def memory_counts(self) -> dict[str, int]:
         """Elements of each memory, by its name. It is there twice: as the last step left it, and for the next."""
         counts = self._between.reduce_scatter_counts(self._counts)

@@ -16,13 +16,14 @@ from thinwire.comm.partition.gradient_shard import GradientShard
 from thinwire.comm.partition.levels import Levels
 from thinwire.comm.partition.ownership import Ownership, chunk
 from thinwire.comm.partition.placement import Placement, place
+from thinwire.comm.partition.process_groups import cuts_of
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.weight_shard import WeightShard
 from thinwire.comm.partition.wires.gradients import formats_of
 from thinwire.comm.partition.wires.weights import build_gather_wire, build_update_wire
 
 State: TypeAlias = Literal["params", "grads", "optim"]
-_WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,18 @@ class UnitShapes:
 
     trained, frozen: shapes of its parameters, whole, by name.
     is_root: its weights stay gathered from forward to backward.
+    in_backward: a gradient goes through it, so that backward needs its weights too; always, where any is trained.
     """
 
     trained: Mapping[str, torch.Size]
     frozen: Mapping[str, torch.Size]
     is_root: bool
+    in_backward: bool = True
+
+    def padded_numel(self, parts: int) -> int:
+        """Elements of a rank's shard where so many share the unit. FSDP2 pads every shard to the largest."""
+        shapes = [*self.trained.values(), *self.frozen.values()]
+        return sum(chunk(shape[0] if shape else 1, parts, 0)[1] * math.prod(shape[1:]) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,8 @@ def predict_flows(
     V_l = n / (L_0 ... L_{l-1}) * (L_l - 1) / L_l elements, in either direction. With p, g and o levels for params,
     grads and optim, and k micro-batches:
 
-    - gather: 2 k V_l at l < p (k for the root), of which only the first at l >= secondary (none, after the first step,
-      for a unit all of whose weights are frozen);
+    - gather: 2 k V_l at l < p (k for the root, and where no gradient goes through), of which only the first at
+      l >= secondary (none, after the first step, for a unit all of whose weights are frozen);
     - reduce: k V_l at l < g;
     - reduce_once: V_l at g <= l < o, and 2 V_l at l >= o, where owners have replicas;
     - update: V_l at p <= l < o.
@@ -89,12 +97,14 @@ def predict_flows(
     placement = place(
         levels, params=settings.params, grads=settings.grads, optim=settings.optim, secondary=settings.secondary
     )
-    alike = Counter((tuple(unit.trained.values()), tuple(unit.frozen.values()), unit.is_root) for unit in units)
+    alike = Counter(
+        (tuple(unit.trained.values()), tuple(unit.frozen.values()), unit.is_root, unit.in_backward) for unit in units
+    )
     total: Counter[tuple[State, str, str]] = Counter()
     exchanges: Counter[tuple[State, str, str]] = Counter()
-    for (trained, frozen, is_root), times in alike.items():
-        unit = UnitShapes(_numbered(trained), _numbered(frozen), is_root)
-        for flow in _flows_of(unit, levels, placement, settings, micro_batches, compute_dtype):
+    for (trained, frozen, is_root, in_backward), times in alike.items():
+        unit = UnitShapes(_numbered(trained), _numbered(frozen), is_root, in_backward)
+        for flow in flows_of(unit, levels, placement, settings, micro_batches, compute_dtype):
             key = (flow.state, flow.operation, flow.level)
             total[key] += times * flow.payload_bytes
             exchanges[key] += times * flow.exchanges
@@ -138,7 +148,7 @@ def unit_shapes(model: nn.Module, blocks: Sequence[nn.Module]) -> list[UnitShape
     return found
 
 
-def _flows_of(
+def flows_of(
     unit: UnitShapes,
     levels: Levels,
     placement: Placement,
@@ -146,8 +156,9 @@ def _flows_of(
     micro_batches: int,
     compute_dtype: torch.dtype | None,
 ) -> Iterable[Flow]:
-    dtype = _WEIGHTS[settings.weights]
-    calls = micro_batches * (1 if unit.is_root else 2)
+    """predict_flows() of one unit; a unit's flows over several levels are in the order of the levels."""
+    dtype = WEIGHTS[settings.weights]
+    calls = micro_batches * (1 if unit.is_root or not unit.in_backward else 2)
     full = calls if placement.secondary is None else 1 if unit.trained else 0
     for level, count in _gather_bytes(unit, levels, placement, settings, compute_dtype or dtype).items():
         is_slow = levels.names.index(level) >= (placement.secondary or 0)
@@ -155,11 +166,8 @@ def _flows_of(
         yield Flow("params", "gather", level, times * count, times)
     if not unit.trained:
         return
-    size = {"params": levels.size(placement.params), "grads": levels.size(placement.grads)}
-    cuts = (size["params"], size["grads"] // size["params"], levels.size(placement.optim) // size["grads"])
-    ownership = Ownership(unit.trained, cuts)
-    wires = {name: one.build() for name, one in formats_of(settings.gradients, levels, placement).items()}
-    gradients = GradientShard(ownership, levels, placement, wires)
+    ownership = Ownership(unit.trained, cuts_of(levels, placement))
+    gradients = gradient_shard(ownership, levels, placement, settings)
     for level, count in gradients.sent_bytes(micro_batches).items():
         depth = levels.names.index(level)
         if depth < placement.grads:
@@ -171,17 +179,30 @@ def _flows_of(
         yield Flow("optim", "update", level, count, 1)
 
 
+def gradient_shard(
+    ownership: Ownership, levels: Levels, placement: Placement, settings: PartitionSettings
+) -> GradientShard:
+    """That of the unit whose ownership is given."""
+    formats = formats_of(settings.gradients, levels, placement)
+    feedback = frozenset(name for name, one in formats.items() if one.feedback)
+    return GradientShard(
+        ownership, levels, placement, {name: one.build() for name, one in formats.items()}, feedback=feedback
+    )
+
+
+def shard_bytes(unit: UnitShapes, parts: int, settings: PartitionSettings, dtype: torch.dtype) -> int:
+    """Payload of a rank's shard in a gather, where so many share the unit."""
+    padded = unit.padded_numel(parts)
+    wire = build_gather_wire(settings.gather)
+    return padded * dtype.itemsize if wire is None else wire.payload_bytes(padded)
+
+
 def _gather_bytes(
     unit: UnitShapes, levels: Levels, placement: Placement, settings: PartitionSettings, dtype: torch.dtype
 ) -> Mapping[str, int]:
-    """Of one gather. FSDP2 pads every shard to the largest."""
-    parts = levels.size(placement.params)
-    shapes = [*unit.trained.values(), *unit.frozen.values()]
-    padded = sum(chunk(shape[0] if shape else 1, parts, 0)[1] * math.prod(shape[1:]) for shape in shapes)
-    wire = build_gather_wire(settings.gather)
-    payload = padded * dtype.itemsize if wire is None else wire.payload_bytes(padded)
+    """Of one gather."""
     tree = Cascade(levels, 0, placement.params)
-    return tree.all_gather_bytes([payload] * tree.leaves)
+    return tree.all_gather_bytes([shard_bytes(unit, tree.leaves, settings, dtype)] * tree.leaves)
 
 
 def _numbered(shapes: Sequence[torch.Size]) -> dict[str, torch.Size]:

@@ -38,6 +38,19 @@ def build_bus(
     return StatisticsBus(queue, layers, columns, inner, told)
 
 
+def messages_per_step(settings: BalanceSettings, micro_batches: int) -> tuple[int, int]:
+    """How many messages a rank takes part in: (among all ranks, among the near ones).
+
+    One in each step, or, where a micro-batch is balanced against this step's counts, one for each micro-batch.
+    """
+    if settings.scope == "micro":
+        return 0, 0
+    if settings.timing == "hier":
+        return 1, micro_batches
+    messages = micro_batches if settings.timing in ("sync", "late", "carry") else 1
+    return (0, messages) if settings.scope == "node" else (messages, 0)
+
+
 def build_mode(settings: BalanceSettings, setting: Setting) -> Mode:
     """A mode that has seen nothing yet. Its bus is build_bus()'s."""
     if settings.scope == "micro":

@@ -84,10 +84,6 @@ class Hier:
         """The step before this one."""
         return self._known
 
-    def messages_per_step(self) -> tuple[int, int]:
-        """One to all, and to the near ones as many as micro-batches."""
-        return 1, self._setting.micro_batches
-
     def state_dict(self) -> dict[str, Any]:
         """Counts of the last step: of all ranks, and of those near this one."""
         self.begin_step()

@@ -79,10 +79,6 @@ class Mode(Protocol):
         """The last step whose counts this rank has read, the same one on every rank, without waiting."""
         ...
 
-    def messages_per_step(self) -> tuple[int, int]:
-        """(to all ranks, to the near ones)."""
-        ...
-
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs of this one; nothing is under way."""
         ...

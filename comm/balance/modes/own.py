@@ -58,10 +58,6 @@ class Own:
         """This rank's own, by itself."""
         return None if self._rows is None else KnownStep(self._rows, None, self_weight=1.0)
 
-    def messages_per_step(self) -> tuple[int, int]:
-        """None."""
-        return 0, 0
-
     def state_dict(self) -> dict[str, Any]:
         """Nothing is remembered."""
         return {}

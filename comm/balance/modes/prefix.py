@@ -83,11 +83,6 @@ class Prefix:
             return KnownStep(self._sums[-1].rows, used, sum(weights) / len(weights) if weights else 0.0)
         return self._known
 
-    def messages_per_step(self) -> tuple[int, int]:
-        """As many as micro-batches."""
-        messages = self._setting.micro_batches
-        return (0, messages) if self._setting.near else (messages, 0)
-
     def state_dict(self) -> dict[str, Any]:
         """The sums of the last step."""
         return {"before": self.last_step()}

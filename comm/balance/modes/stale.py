@@ -74,10 +74,6 @@ class Stale:
         """The step before this one."""
         return self._known
 
-    def messages_per_step(self) -> tuple[int, int]:
-        """One."""
-        return (0, 1) if self._setting.near else (1, 0)
-
     def state_dict(self) -> dict[str, Any]:
         """The moving average with the last step in it."""
         rows, average = self._rows, self._average

@@ -141,6 +141,11 @@ class A2CiD2(OwnPace):
         """What enters a global average: (x + y) / 2, whose sum over all machines is exact. A copy."""
         return self._replica.weights().add_(self._companion).div_(2)
 
+    @property
+    def asks_per_turn(self) -> float:
+        """Poisson(rate / 2)."""
+        return self._rate / 2
+
     def advance(self) -> None:
         """Let x and y flow together until now."""
         self._flow()

@@ -144,6 +144,13 @@ class Choco(DPSGD):
         if isinstance(self._codec, ChocoCodec):
             self._codec.begin_from(self._replica.weights())
 
+    def expected_bytes(self, turn: Turn) -> dict[int, int]:
+        """As sent_bytes(), also before a payload whose length the data decide has been sent."""
+        if turn.mixing is None:
+            return {}
+        count = self._codec.expected_bytes(self._replica.numel, self._replica.dtype.itemsize)
+        return dict.fromkeys(turn.mixing.sources(self._port.rank), count)
+
     def metrics(self) -> dict[str, float]:
         """What the mixer says; `gamma`; `residual`, ||x - xhat|| after the last round's exchange."""
         own = {"gamma": self._damped.gamma}

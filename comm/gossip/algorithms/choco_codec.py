@@ -115,8 +115,10 @@ class ChocoCodec:
 
     def payload_bytes(self, numel: int, itemsize: int) -> int | None:
         """As Codec says, but for the rare payloads of x itself."""
-        if not self._compressor.fixed_size:
-            return None
+        return self.expected_bytes(numel, itemsize) if self._compressor.fixed_size else None
+
+    def expected_bytes(self, numel: int, itemsize: int) -> int:
+        """Of a payload, also where the data decide its length."""
         return _HEAD_BYTES + self._compressor.payload_bytes(torch.Size((numel,)))
 
     def state_dict(self) -> dict[str, Any]:

@@ -180,6 +180,11 @@ class DADAO(OwnPace):
         self._advance()
         self._store()
 
+    @property
+    def asks_per_turn(self) -> float:
+        """Poisson(rate / 2)."""
+        return self._constants.rate / 2
+
     def conserved(self) -> Tensor:
         """What of this machine sums to 0 over all, whenever each gets to its events."""
         c, (_, _, _, _, z, z_t) = self._constants, self._state

@@ -90,6 +90,23 @@ class OwnPace:
         sent = {rank: count - self._sent_before.get(rank, 0) for rank, count in self._swaps.sent_bytes.items()}
         return {rank: count for rank, count in sent.items() if count}
 
+    def expected_bytes(self, turn: Turn) -> dict[int, float]:
+        """Payload bytes that this machine sends at such a turn on average, by machine, answers included.
+
+        Asks that wait for an answer keep a machine from asking more than so many; that is not counted here.
+        """
+        payload = self._swaps.payload_bytes(self._replica.numel, self._replica.dtype.itemsize)
+        return {rank: payload * times for rank, times in self._expected_exchanges(turn).items()}
+
+    def expected_messages(self, turn: Turn) -> float:
+        """As expected_bytes(): how many payloads."""
+        return sum(self._expected_exchanges(turn).values())
+
+    @property
+    def asks_per_turn(self) -> float:
+        """How many partners are asked at a turn on average."""
+        return 1.0
+
     def metrics(self) -> dict[str, float]:
         """`mass`; `swaps`, exchanges so far."""
         return {"mass": self._swaps.mass, "swaps": float(self._swaps.made)}
@@ -105,6 +122,14 @@ class OwnPace:
 
     def merged(self) -> None:
         """Nothing to forget: flows under way stay antisymmetric."""
+
+    def _expected_exchanges(self, turn: Turn) -> dict[int, float]:
+        """With each neighbour: this machine asks one of its own, all equally likely, and so does the neighbour."""
+        if turn.mixing is None:
+            return {}
+        own = turn.mixing.sources(self._port.rank)
+        asks = self.asks_per_turn
+        return {rank: asks / len(own) + asks / len(turn.mixing.sources(rank)) for rank in own}
 
     def _chance(self, step: int) -> np.random.Generator:
         """What this machine draws from at a step."""

@@ -39,6 +39,11 @@ class Traffic:
     refused: int = 0
 
 
+def packed_bytes(message: Control) -> int:
+    """What a control message takes on a connection."""
+    return _KIND.size + _LENGTH.size + len(message_code.encode(message)[1]) + TAG_BYTES
+
+
 class _Connection:
     """A connection after its greeting."""
 

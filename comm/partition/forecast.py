@@ -1,0 +1,193 @@
+"""What partition() will send and keep, unit by unit, and when: from shapes and levels alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch.optim import Optimizer
+
+from thinwire.comm.forecast import DETECTED, Coding, Exchange, Forecast, Seat
+from thinwire.comm.partition.gather import OPERATION
+from thinwire.comm.partition.levels import Levels, build_levels
+from thinwire.comm.partition.memory import KeptUnit, states_bytes, sum_memory
+from thinwire.comm.partition.micro_batches import BEYOND, INSIDE
+from thinwire.comm.partition.optimizer import UPDATE
+from thinwire.comm.partition.ownership import Ownership
+from thinwire.comm.partition.placement import Placement, place
+from thinwire.comm.partition.process_groups import cuts_of
+from thinwire.comm.partition.settings import PartitionSettings
+from thinwire.comm.partition.traffic import WEIGHTS, Flow, UnitShapes, flows_of, gradient_shard, shard_bytes
+from thinwire.comm.partition.wires.gradients import formats_of
+from thinwire.comm.partition.wires.weights import SameWeights, build_update_wire
+
+_INSIDE_QUEUE = "inside"  # gathers, and the sums of every micro-batch, in the order in which they are needed
+
+
+def forecast_partition(
+    settings: PartitionSettings,
+    units: Sequence[UnitShapes],
+    seat: Seat,
+    *,
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    micro_batches: int = 1,
+    compute_dtype: torch.dtype | None = None,
+) -> Forecast:
+    """What partition() will send in a step and keep between two, without a process.
+
+    Each level of a gather or a sum is an exchange of its own, since one begins where the one before it has ended. What
+    goes beyond the grads level is taken to leave during the last backward pass, as engine fsdp2 lets it.
+
+    Args:
+        units: in the order in which forward runs them, the root's last, as unit_shapes() gives them.
+        optimizer: over the trained parameters, fp32, which may be on the meta device. names: theirs, by id().
+        micro_batches: backward passes per step.
+        compute_dtype: in which weights are gathered; None = that of the weights.
+    Raises:
+        ValueError: the levels that the settings name do not exist or do not nest, or a level cannot have its format.
+    """
+    levels = levels_of_seat(seat)
+    placement = place(
+        levels, params=settings.params, grads=settings.grads, optim=settings.optim, secondary=settings.secondary
+    )
+    parts = [_Part(unit, levels, placement, settings, micro_batches, compute_dtype) for unit in units]
+    root_first = [*(part for part in parts if part.unit.is_root), *(part for part in parts if not part.unit.is_root)]
+    exchanges = [
+        *(exchange for part in root_first for exchange in part.gathers()),
+        *(exchange for part in reversed(root_first) for exchange in part.sums(inside=True)),
+        *(exchange for part in reversed(root_first) for exchange in part.sums(inside=False)),
+        *(exchange for part in root_first for exchange in part.updates()),
+    ]
+    owned = {name: part.own_numel(name) for part in parts for name in part.unit.trained}
+    numels = [[owned[names[id(p)]] for p in group["params"]] for group in optimizer.param_groups]
+    memory = sum_memory([part.kept() for part in parts], states_bytes(optimizer, numels))
+    return Forecast(tuple(exchanges), memory)
+
+
+def levels_of_seat(seat: Seat) -> Levels:
+    """The levels of a machine that need not exist, with all the names that settings may call them by."""
+    kept = [(name, size) for name, size in seat.levels if size > 1]
+    levels = build_levels([name for name, _ in kept], [size for _, size in kept], range(seat.size), rank=seat.rank)
+    depths = {levels.size(depth): depth for depth in range(levels.depth + 1)}
+    also = {name: depths[seat.size_of(name)] for name in (*dict(seat.levels), *DETECTED, "world")}
+    return dataclasses.replace(levels, named={**levels.named, **also})
+
+
+class _Part:
+    """One unit."""
+
+    def __init__(
+        self,
+        unit: UnitShapes,
+        levels: Levels,
+        placement: Placement,
+        settings: PartitionSettings,
+        micro_batches: int,
+        compute_dtype: torch.dtype | None,
+    ) -> None:
+        self.unit = unit
+        self._levels = levels
+        self._placement = placement
+        self._settings = settings
+        self._micro_batches = micro_batches
+        self._gather_dtype = compute_dtype or WEIGHTS[settings.weights]
+        self._ownership = Ownership(unit.trained, cuts_of(levels, placement))
+        self._gradients = gradient_shard(self._ownership, levels, placement, settings) if unit.trained else None
+        flows = flows_of(unit, levels, placement, settings, micro_batches, compute_dtype)
+        self._flows = [flow for flow in flows if flow.payload_bytes]
+
+    def gathers(self) -> Iterator[Exchange]:
+        """Slowest level first."""
+        flows = [flow for flow in self._flows if flow.operation == "gather"]
+        leaves = self._levels.size(self._placement.params)
+        own = self.unit.padded_numel(leaves)
+        needs = (*self.unit.trained, *self.unit.frozen)
+        for flow in reversed(flows):
+            coding = self._coding(
+                self._settings.gather.kind, own * (flow is flows[-1]), own * leaves * (flow is flows[0])
+            )
+            yield self._exchange(OPERATION, flow, flow.exchanges, "gather", needs, coding, queue=_INSIDE_QUEUE)
+
+    def sums(self, *, inside: bool) -> Iterator[Exchange]:
+        """Of gradients, fastest level first: inside grads in every micro-batch, beyond it once per step."""
+        formats = formats_of(self._settings.gradients, self._levels, self._placement)
+        encoded = self._gradients.encoded_counts() if self._gradients else {}
+        operation, queue, times = (INSIDE, _INSIDE_QUEUE, self._micro_batches) if inside else (BEYOND, "main", 1)
+        for flow in self._flows:
+            if flow.operation == ("reduce" if inside else "reduce_once"):
+                count = encoded[flow.level]
+                coding = self._coding(formats[flow.level].kind, count, count)
+                yield self._exchange(operation, flow, times, "backward", tuple(self.unit.trained), coding, queue=queue)
+
+    def updates(self) -> Iterator[Exchange]:
+        """Slowest level first."""
+        flows = [flow for flow in self._flows if flow.operation == "update"]
+        if not flows or self._gradients is None:
+            return
+        own, all_rows = self._gradients.own_numel, self._shard_numel()
+        kind = "int4" if getattr(self._settings.update, "bits", 8) == 4 else "int8"
+        kind = "same" if isinstance(self._settings.update, SameWeights) else kind
+        for flow in reversed(flows):
+            coding = self._coding(kind, own * (flow is flows[-1]), all_rows * (flow is flows[0]))
+            yield self._exchange(UPDATE, flow, 1, "step", (), coding, queue="main")
+
+    def kept(self) -> KeptUnit:
+        """Between steps."""
+        leaves = self._levels.size(self._placement.params)
+        inside = self._placement.secondary
+        copies = 0 if inside is None else leaves // self._levels.size(inside)
+        is_exact = (
+            self._levels.size(self._placement.params) == self._levels.size(self._placement.optim)
+            or build_update_wire(self._settings.update).is_exact
+        )
+        return KeptUnit(
+            self.unit.padded_numel(leaves) * WEIGHTS[self._settings.weights].itemsize,
+            self._gradients,
+            has_masters=self._settings.weights != "fp32" or not is_exact,
+            secondary_bytes=copies * shard_bytes(self.unit, leaves, self._settings, self._gather_dtype),
+        )
+
+    def own_numel(self, name: str) -> int:
+        """Elements of a parameter that this rank's optimizer owns."""
+        return self._ownership.numel(name, self._levels.number(self._levels.rank, self._placement.optim))
+
+    def _shard_numel(self) -> int:
+        """Elements of the trained parameters in this rank's shard."""
+        owners = self._ownership.owners // self._levels.size(self._placement.params)
+        first = self._levels.number(self._levels.rank, self._placement.params) * owners
+        return self._ownership.count(first, first + owners)
+
+    def _exchange(
+        self,
+        operation: str,
+        flow: Flow,
+        times: int,
+        when: str,
+        needs: tuple[str, ...],
+        coding: tuple[Coding, ...],
+        *,
+        queue: str,
+    ) -> Exchange:
+        """Args: times, occurrences of the flow in a step, each of which may be several collectives."""
+        each = flow.exchanges // times
+        others = self._levels.fanouts[self._levels.names.index(flow.level)] - 1
+        return Exchange(
+            operation,
+            {flow.level: flow.payload_bytes // times},
+            messages=each * others,
+            shots={flow.level: each},
+            when=when,  # type: ignore[arg-type]
+            needs=needs,
+            per_step=float(times),
+            coding=coding,
+            queue=queue,
+        )
+
+    def _coding(self, kind: str, encoded: int, decoded: int) -> tuple[Coding, ...]:
+        """By the compressor that writes the same codes; what stays as it is takes no time."""
+        if kind in ("same", "fp32") or not encoded + decoded:
+            return ()
+        return (Coding(json.dumps({"kind": kind}), encoded, decoded),)
