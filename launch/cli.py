@@ -115,25 +115,118 @@ def lab(
 
 
 @app.command()
-def simulate(
+def plan(
     config: Config,
-    hosts: Annotated[int, typer.Option(min=1, help="Machines, each with a model of its own.")],
+    cluster: Annotated[Path, typer.Option(help="YAML description of the machines, or the JSON of `thinwire probe`.")],
     overrides: Overrides = None,
-    compute_ms: Annotated[float, typer.Option(help="Virtual milliseconds that a machine computes for a step.")] = 100.0,
-    rate: Annotated[
-        str | None, typer.Option(help="Rate of each machine's line: 100mbit.", show_default="unlimited")
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the run.", show_default="train.steps")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Another number of ranks on the same machines.", show_default=False)
     ] = None,
-    delay: Annotated[str, typer.Option(help="One-way delay between machines: 20ms.")] = "0",
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Look at this method only, measured or not; may be repeated.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="File for all figures.", show_default=False)] = None,
+) -> None:
+    """Say before a run what each method will cost on a cluster, and which one to take: bytes, memory, seconds, money.
+
+    The cluster is one of configs/clusters/*.yaml, or like them: levels, fastest first, each with name, size (ranks in a
+    group), link_bps, latency_s and ranks_per_link; device with memory_bytes, peak_flops and utilisation;
+    price_per_device_hour. configs/clusters/README.md says more.
+    """
+    from thinwire.launch.plan import plan as run
+
+    raise typer.Exit(
+        run(
+            config,
+            overrides or [],
+            cluster=cluster,
+            steps=steps,
+            ranks=ranks,
+            methods=methods or [],
+            json_path=json,
+        )
+    )
+
+
+@app.command()
+def simulate(
+    context: typer.Context,
+    config: Config,
+    overrides: Overrides = None,
+    hosts: Annotated[
+        int | None, typer.Option(min=1, help="Let so many machines of a gossip run learn.", show_default=False)
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="Time any run on this cluster: a description, or a probe's JSON.", show_default=False),
+    ] = None,
+    compute_ms: Annotated[
+        float, typer.Option(help="--hosts: virtual milliseconds that a machine computes for a step.")
+    ] = 100.0,
+    rate: Annotated[
+        str | None, typer.Option(help="--hosts: rate of each machine's line: 100mbit.", show_default="unlimited")
+    ] = None,
+    delay: Annotated[str, typer.Option(help="--hosts: one-way delay between machines: 20ms.")] = "0",
     slow: Annotated[
-        list[str] | None, typer.Option(metavar="MACHINE=FACTOR", help="Let a machine compute so many times longer.")
+        list[str] | None,
+        typer.Option(
+            "--slow", "--straggler", metavar="RANK=FACTOR", help="Let a machine or rank compute so many times longer."
+        ),
     ] = None,
     kill: Annotated[
-        list[str] | None, typer.Option(metavar="MACHINE=SECOND", help="Let a machine die at a virtual second.")
+        list[str] | None, typer.Option(metavar="MACHINE=SECOND", help="--hosts: let a machine die at a virtual second.")
     ] = None,
-    score: Annotated[int, typer.Option(help="Machines whose own models are evaluated, spread evenly.")] = 8,
-    output: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.", show_default=False)] = None,
+    score: Annotated[int, typer.Option(help="--hosts: machines whose own models are evaluated, spread evenly.")] = 8,
+    scale: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...|all", help="--cluster: numbers of devices.", show_default="the whole cluster"),
+    ] = None,
+    strong: Annotated[
+        bool, typer.Option("--strong/--weak", help="--cluster: keep the global batch, or each device's share of it.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="--cluster: steps that are simulated.")] = 100,
+    jitter: Annotated[
+        float | None,
+        typer.Option(help="--cluster: relative deviation of computing.", show_default="the cluster's"),
+    ] = None,
+    failures: Annotated[
+        float | None, typer.Option(help="--cluster: per device and hour.", show_default="the cluster's")
+    ] = None,
+    checkpoint_s: Annotated[float, typer.Option(help="--cluster: seconds that a checkpoint holds up training.")] = 0.0,
+    restart_s: Annotated[float, typer.Option(help="--cluster: seconds from a failure to the next step.")] = 60.0,
+    seed: Annotated[int, typer.Option(min=0, help="--cluster: of jitter and failures.")] = 0,
+    plot: Annotated[Path | None, typer.Option(help="--cluster: PNG file for the curves.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "--json", help="File for all figures, as JSON.", show_default=False)
+    ] = None,
 ) -> None:
-    """Run many machines of a gossip method in this process, in virtual time: what real ones would reach and send."""
+    """Run in virtual time, in this process.
+
+    With --hosts, many machines of a gossip run learn: what real ones would reach and send. With --cluster, a run by
+    any method is timed on a described cluster of up to tens of thousands of devices, with slow ranks, jitter and
+    failures, and nothing is learned.
+    """
+    _refuse_mixed(context)
+    if cluster is not None:
+        from thinwire.launch.simulate_cluster import Asked, simulate_cluster
+
+        asked = Asked(
+            cluster,
+            scale,
+            "strong" if strong else "weak",
+            steps,
+            slow or [],
+            jitter,
+            failures,
+            checkpoint_s,
+            restart_s,
+            seed,
+            plot,
+            output,
+        )
+        raise typer.Exit(simulate_cluster(config, overrides or [], asked))
+    assert hosts is not None
     from thinwire.launch.simulate import simulate as run
 
     code = run(
@@ -149,6 +242,72 @@ def simulate(
         output=output,
     )
     raise typer.Exit(code)
+
+
+@app.command()
+def probe(
+    config: Annotated[
+        Path | None,
+        typer.Argument(help="YAML file of a run, whose computing is then measured too.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    seconds: Annotated[
+        float, typer.Option(min=1, max=3600, help="How long to measure, reading of data not counted.")
+    ] = 15,
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", help="File for all figures: what plan takes as --cluster.", show_default=False),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of who reaches whom how fast.", show_default=False)] = None,
+) -> None:
+    """Measure links, collectives, compressors and computing: as one rank under torchrun, mpirun, srun or the lab.
+
+    Start it on every host as the run would be: thinwire lab --hosts 4 --rate 100mbit -- thinwire probe CONFIG
+    """
+    from thinwire.launch.probe.command import probe as run
+
+    raise typer.Exit(run(config, overrides or [], seconds=seconds, json_path=json, plot=plot))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the page and its pictures.", show_default="RUN/report, or ./report")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Put runs side by side whose losses cannot be compared.")
+    ] = False,
+    modelled_link: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE", help="Compute the communication time of a link that the runs did not have: 100mbit."
+        ),
+    ] = None,
+) -> None:
+    """Show where the time and the bytes of runs went: a table here, one HTML page, and PNGs."""
+    from thinwire.launch.report.command import report as run
+
+    raise typer.Exit(run(runs, out=out, anyway=anyway, modelled_link=modelled_link))
+
+
+_OF_HOSTS = ("hosts", "compute_ms", "rate", "delay", "kill", "score")
+_OF_CLUSTER = ("cluster", "scale", "strong", "steps", "jitter", "failures", "checkpoint_s", "restart_s", "seed", "plot")
+
+
+def _refuse_mixed(context: typer.Context) -> None:
+    """Two kinds of simulation share a command; an option of the other kind would be ignored."""
+    given = {n for n in context.params if getattr(context.get_parameter_source(n), "name", "") == "COMMANDLINE"}
+    if ("hosts" in given) == ("cluster" in given):
+        error = "give --hosts N (machines of a gossip run, which learn) or --cluster FILE (any run, which is timed)"
+    else:
+        kind, others = ("--hosts", _OF_CLUSTER) if "hosts" in given else ("--cluster", _OF_HOSTS)
+        wrong = ["--" + name.replace("_", "-") for name in others if name in given]
+        if not wrong:
+            return
+        error = f"{wrong[0]} says nothing with {kind}; leave it out"
+    typer.echo(f"thinwire simulate: {error}", err=True)
+    raise typer.Exit(2)
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""A run on a described cluster in virtual time, with slow ranks, jitter and failures: up to tens of thousands."""
