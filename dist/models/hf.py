@@ -59,6 +59,8 @@ class Pretrained:
 def load_pretrained(settings: HFSettings, device: torch.device) -> Pretrained:
     """Read model and tokenizer.
 
+    Args:
+        device: meta reads the shape of the model alone, from its config.json.
     Raises:
         ValueError: transformers is not installed, or the folder does not hold such a model, whole.
     """
@@ -80,20 +82,26 @@ def load_pretrained(settings: HFSettings, device: torch.device) -> Pretrained:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         head = _head(config) if settings.head == "auto" else settings.head
         known = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, use_fast=True)
-        network, report = _class_of(transformers, head).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=settings.attention,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        class_, on_meta = _class_of(transformers, head), device.type == "meta"
+        if on_meta:  # its shapes alone
+            with device:
+                network = class_.from_config(config, dtype=torch.float32, attn_implementation=settings.attention)
+        else:
+            network, report = class_.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=settings.attention,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, ImportError, json.JSONDecodeError) as error:
         raise ValueError(f"model.path: {folder} cannot be loaded: {error}") from error
     if head == "encoder" and getattr(network, "pooler", None) is not None:
         network.pooler = None  # not part of a mean over the tokens: its weights would be trained for nothing
-    _refuse_random_weights(network, report, folder, head)
+    if not on_meta:
+        _refuse_random_weights(network, report, folder, head)
     if not known.is_fast:
         raise ValueError(f"model.path: {folder} has no tokenizer.json (a fast tokenizer), which is needed")
     tokenizer = tokenizers.Tokenizer.from_str(known.backend_tokenizer.to_str())

@@ -6,24 +6,31 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from thinwire.comm.forecast import Forecast
+from thinwire.dist.engine import FSDP2Settings
 from thinwire.dist.models import build_model
-from thinwire.dist.models.hf import HFSettings
+from thinwire.dist.models.hf import HFSettings, load_pretrained
+from thinwire.dist.onebyte_run import OneByteRunSettings
 from thinwire.dist.plan.cluster import Cluster, ComputeSpeed
 from thinwire.dist.plan.forecasts import Subject, forecast_run
 from thinwire.dist.plan.timeline import ComputeTime, StepTime, step_time
-from thinwire.dist.plan.trace import trace_step
+from thinwire.dist.plan.trace import StepTrace, trace_step
+from thinwire.dist.prompts import Prompts
+from thinwire.dist.task import choose_parameters, computing
 from thinwire.dist.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from thinwire.dist.config import RunConfig
 
 _OPTIMIZER_FLOPS = 20  # AdamW's, for each element
+_DIRECTION_FLOPS = 10  # for each element, to draw a random sign and add it on the lattice
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,7 @@ class Prediction:
 
     compute_from: where the computing's seconds come from: measured by a probe, or counted operations at a rate.
     memory_bytes: by state, activations of a micro-batch among them.
+    trace: of a micro-batch, as the engine runs it.
     """
 
     config: RunConfig
@@ -41,26 +49,58 @@ class Prediction:
     micro_batches: int
     compute_from: str
     memory_bytes: Mapping[str, int]
+    trace: StepTrace
+    compute: ComputeTime
 
     @property
     def sent_bytes(self) -> dict[str, float]:
         """Payload per step, by level, in the mean."""
         return self.forecast.bytes_per_step()
 
-    def cost(self, steps: int) -> float:
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory."""
+        return sum(self.memory_bytes.values()) <= self.cluster.device.memory_bytes
+
+    def on(self, cluster: Cluster) -> Prediction:
+        """The same on links of other rates between the same levels."""
+        time = _timeline(self.config, self.forecast, self.trace, self.compute, cluster)
+        return replace(self, cluster=cluster, time=time)
+
+    def cost(self, steps: float) -> float:
         """Of so many steps on all devices, in the cluster's currency."""
         return steps * self.time.step_s / 3600 * self.cluster.size * self.cluster.price_per_device_hour
 
 
 def subject_of(config: RunConfig, ranks: int) -> Subject:
-    """The run's model on the meta device, and the trace of a micro-batch on one of so many ranks."""
-    if isinstance(config.model, HFSettings):
-        raise ValueError(f"model.kind: {config.model.kind} cannot be planned: its shape is in its folder")
+    """The run's model on the meta device, and the trace of a micro-batch on one of so many ranks.
+
+    Raises:
+        ValueError: the global batch cannot be shared so, or the folder of a pretrained model does not hold one.
+    """
     micro_batch, _ = config.train.share(ranks)
+
+    def context() -> AbstractContextManager[Any]:
+        return computing(config.train.precision, torch.device("cpu"))
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.long, device=_META)
+
+    if isinstance(config.model, HFSettings):
+        pretrained = load_pretrained(config.model, _META)
+        prompts = Prompts(pretrained, config.data.template, config.data.labels)
+        scoring = prompts.scoring(config.model.temperature).to(_META).eval()
+        network = pretrained.network
+        choose_parameters(network, config.train.parameters)
+        inputs = {name: zeros(micro_batch, pretrained.context) for name in ("ids", "mask")}
+        inputs["position"] = zeros(micro_batch)
+        trace = trace_step(scoring, inputs, zeros(micro_batch), context=context, network=network)
+        return Subject(config, network, trace)
     vocab = load_tokenizer(config.data.tokenizer).vocab
-    model = build_model(config.model, tokenizer_vocab=vocab, seed=config.seed, device=torch.device("meta"))
-    tokens = torch.zeros(micro_batch, config.model.context, dtype=torch.long, device="meta")
-    return Subject(config, model, trace_step(model, tokens, tokens))
+    model = build_model(config.model, tokenizer_vocab=vocab, seed=config.seed, device=_META)
+    choose_parameters(model, config.train.parameters)
+    tokens = zeros(micro_batch, config.model.context)
+    return Subject(config, model, trace_step(model, tokens, tokens, context=context))
 
 
 def predict(config: RunConfig, cluster: Cluster, subject: Subject | None = None) -> Prediction:
@@ -69,15 +109,41 @@ def predict(config: RunConfig, cluster: Cluster, subject: Subject | None = None)
     Args:
         subject: of the same model and micro-batch, to save the trace.
     Raises:
-        ValueError: the run does not fit the cluster.
+        ValueError: the run does not fit the cluster, or its method has no forecast.
     """
+    check_levels(config, cluster)
     subject = subject or subject_of(config, cluster.size)
     micro_batch, micro_batches = config.train.share(cluster.size)
-    forecast = forecast_run(subject, cluster.seat(0))
-    compute, source = _compute(subject, cluster, micro_batch)
-    memory = Counter(forecast.memory_bytes) + Counter({"activations": subject.trace.activation_bytes})
-    time = step_time(forecast, subject.trace, compute, cluster, micro_batches=micro_batches)
-    return Prediction(config, cluster, forecast, time, micro_batches, source, dict(memory))
+    forecast = forecast_run(subject, cluster.seat(0), cluster)
+    engine = config.engine
+    is_checkpointed = isinstance(engine, FSDP2Settings) and engine.activation_checkpointing
+    trace = subject.trace.checkpointed() if is_checkpointed else subject.trace
+    compute, source = _compute(subject, trace, cluster, micro_batch)
+    time = _timeline(config, forecast, trace, compute, cluster)
+    memory = Counter(forecast.memory_bytes) + Counter({"activations": _activation_bytes(config, trace)})
+    return Prediction(config, cluster, forecast, time, micro_batches, source, dict(memory), trace, compute)
+
+
+def _timeline(
+    config: RunConfig, forecast: Forecast, trace: StepTrace, compute: ComputeTime, cluster: Cluster
+) -> StepTime:
+    _, micro_batches = config.train.share(cluster.size)
+    prefetch = config.engine.prefetch if isinstance(config.engine, FSDP2Settings) else 0
+    return step_time(forecast, trace, compute, cluster, micro_batches=micro_batches, prefetch=prefetch)
+
+
+def check_levels(config: RunConfig, cluster: Cluster) -> None:
+    """Raises ValueError where the run gives levels that the cluster's description has not."""
+    if config.mesh.levels == "auto":
+        return
+    known = {level.name: level.size for level in cluster.levels} | {"world": cluster.size}
+    for index, level in enumerate(config.mesh.levels):
+        if known.get(level.name, level.size if level.size == 1 else None) != level.size:
+            described = ", ".join(f"{name} of {size}" for name, size in known.items())
+            raise ValueError(
+                f"mesh.levels[{index}]: the run gives {level.name} of {level.size} ranks, but cluster {cluster.name} "
+                f"has {described}; describe that level there, or give mesh.levels=auto"
+            )
 
 
 def compute_digest(config: RunConfig, micro_batch: int) -> str:
@@ -93,15 +159,32 @@ def compute_digest(config: RunConfig, micro_batch: int) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _compute(subject: Subject, cluster: Cluster, micro_batch: int) -> tuple[ComputeTime, str]:
+def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: int) -> tuple[ComputeTime, str]:
     wanted = compute_digest(subject.config, micro_batch)
     found: ComputeSpeed | None = next(
         (one for one in (cluster.measured.computes if cluster.measured else ()) if one.config == wanted), None
     )
-    if found is not None:
-        return ComputeTime(found.forward_s, found.backward_s, found.optimizer_s), "measured by the probe"
     rate = cluster.device.flops_per_s
-    trace = subject.trace
     elements = sum(parameter.numel for parameter in subject.parameters if parameter.trained)
-    seconds = (flops / rate for flops in (trace.forward_flops, trace.backward_flops, _OPTIMIZER_FLOPS * elements))
-    return ComputeTime(*seconds), f"counted operations at {rate / 1e12:.3g} TFLOP/s"
+    if found is not None:
+        again = (trace.backward_flops - subject.trace.backward_flops) / max(1, trace.forward_flops)
+        time = ComputeTime(found.forward_s, found.backward_s + again * found.forward_s, found.optimizer_s)
+        source = "measured by the probe"
+    else:
+        flops = (trace.forward_flops, trace.backward_flops, _OPTIMIZER_FLOPS * elements)
+        time = ComputeTime(*(count / rate for count in flops))
+        source = f"counted operations at {rate / 1e12:.3g} TFLOP/s"
+    method = subject.config.method
+    if isinstance(method, OneByteRunSettings):  # no backward pass; several forward passes, and sweeps over the weights
+        passes = 2 * method.samples if method.estimate == "two_sided" else method.samples + 1
+        applied = method.samples * (cluster.size if method.directions == "distinct" else 1)
+        sweeps = (2 * passes + applied) * elements * _DIRECTION_FLOPS / rate
+        time = ComputeTime(passes * time.forward_s, 0.0, sweeps)
+    return time, source
+
+
+def _activation_bytes(config: RunConfig, trace: StepTrace) -> int:
+    """Of a micro-batch; where there is no backward pass, of one block at a time."""
+    if isinstance(config.method, OneByteRunSettings):
+        return max((block.activation_bytes for block in trace.blocks), default=trace.activation_bytes)
+    return trace.activation_bytes

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from thinwire.comm.forecast import Exchange, Forecast
-from thinwire.dist.plan.cluster import Cluster, CodecSpeed
+from thinwire.comm.forecast import Forecast
+from thinwire.dist.plan.cluster import Cluster
+from thinwire.dist.plan.exchange_time import ComputeTime, coding_s, exchange_s
+from thinwire.dist.plan.program import Program, Send, Wait, Work, build_program
 from thinwire.dist.plan.trace import StepTrace
 
+__all__ = ["ComputeTime", "Span", "StepTime", "coding_s", "exchange_s", "step_time"]
 
-@dataclass(frozen=True)
-class ComputeTime:
-    """Seconds of one rank: forward and backward of one micro-batch, and the optimizer's step."""
-
-    forward_s: float
-    backward_s: float
-    optimizer_s: float
-
-    def step_s(self, micro_batches: int) -> float:
-        """Of a whole step."""
-        return micro_batches * (self.forward_s + self.backward_s) + self.optimizer_s
+_STEADY = 1e-12  # relative
+_MOST_ROUNDS = 10
+_NONE: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -37,12 +32,16 @@ class Span:
 class StepTime:
     """A foretold step. exposed_s: in which the rank waits for others; step_s = compute_s + exposed_s.
 
-    spans: what is on the wire when; of exchanges that do not come every step, one is shown, and its share counted.
+    spans: what is on the wire when, in a step in which all exchanges come, also those that do not come every step.
+    sending_s: of all exchanges, hidden or not, in the mean.
+    program: what was played.
     """
 
     compute_s: float
     exposed_s: float
     spans: tuple[Span, ...]
+    sending_s: float = 0.0
+    program: Program = field(default=Program((), 0.0))
 
     @property
     def step_s(self) -> float:
@@ -50,72 +49,121 @@ class StepTime:
         return self.compute_s + self.exposed_s
 
 
-def exchange_s(exchange: Exchange, cluster: Cluster) -> float:
-    """Seconds of one occurrence: coding, and at each level bytes / rate + shots x latency, the slowest of them.
-
-    The levels of one exchange send at the same time; its shots on different levels come one after another only where
-    the method says so by an exchange for each.
-    """
-    times = [
-        cluster.level(level).send_s(count, exchange.shots.get(level, 0))
-        for level, count in exchange.sent_bytes.items()
-        if count
-    ]
-    return coding_s(exchange, cluster) + max(times, default=0.0)
-
-
-def coding_s(exchange: Exchange, cluster: Cluster) -> float:
-    """Seconds of encoding and decoding in one occurrence; what has not been measured costs nothing."""
-    speeds: Mapping[str, CodecSpeed] = cluster.measured.codecs if cluster.measured else {}
-    total = 0.0
-    for coding in exchange.coding:
-        if (speed := speeds.get(coding.codec)) is not None:
-            total += coding.encoded * speed.encode_s + coding.decoded * speed.decode_s + speed.call_s
-    return total
-
-
 def step_time(
-    forecast: Forecast, trace: StepTrace, compute: ComputeTime, cluster: Cluster, *, micro_batches: int
+    forecast: Forecast,
+    trace: StepTrace,
+    compute: ComputeTime,
+    cluster: Cluster,
+    *,
+    micro_batches: int,
+    prefetch: int = 0,
 ) -> StepTime:
-    """The timeline of a step in the steady state.
+    """A step in the steady state, found by playing build_program() on one rank, all others being like it.
 
-    Exchanges that wait for gradients go out one after another in the order of the forecast, as a CommQueue runs them,
-    while the last backward pass goes on; the optimizer waits for the last. Gathers run one unit ahead of what computes.
+    Of exchanges that do not come every step, those beside a step are taken to be alternatives, each in steps of its
+    own, and the others to come together: the rarer ones in some of the steps that have the more frequent ones.
+
+    Args:
+        trace: when gradients are complete and weights first used.
+        prefetch: units that are gathered ahead.
     """
-    ready_at = dict(trace.ready)
-    compute_s = compute.step_s(micro_batches)
-    before_last_backward = micro_batches * compute.forward_s + (micro_batches - 1) * compute.backward_s
-    backward_end = before_last_backward + compute.backward_s
+    program = build_program(forecast, trace, compute, cluster, micro_batches=micro_batches, prefetch=prefetch)
+    lost = cluster.measured.cpu_s_per_byte if cluster.measured else 0.0
+    sends = [operation for operation in program.operations if isinstance(operation, Send)]
+    steady, usual_s = _settle(program, lost)
+    mean_s, spans = usual_s, _play(program, steady, _NONE, lost).spans
+    for share, slots in _rare(sends):
+        played = _play(program, steady, slots, lost)
+        spans = max(spans, played.spans, key=len)
+        after = played.moment
+        for _ in range(2):  # what was begun beside the next step is over after it
+            after = _play(program, after, _NONE, lost).moment
+        mean_s += share * (after.now - steady.now - 3 * usual_s)
+    sending_s = sum(send.seconds * send.per_step for send in sends)
+    return StepTime(program.compute_s, max(0.0, mean_s - program.compute_s), spans, sending_s, program)
+
+
+def _rare(sends: Sequence[Send]) -> list[tuple[float, frozenset[int]]]:
+    """Kinds of steps with more than what every step has: the share of such steps, and the slots that come in them."""
+    rare = [send for send in sends if 0 < send.per_step < 1]
+    together = [send for send in rare if not send.beside]
+    shares = sorted({send.per_step for send in together}, reverse=True)
+    return [
+        *((send.per_step, frozenset([send.slot])) for send in rare if send.beside),
+        *(
+            (share - rarer, frozenset(send.slot for send in together if send.per_step >= share))
+            for share, rarer in zip(shares, [*shares, 0.0][1:], strict=True)
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """now; when each queue is free again; when what was sent and not waited for ends, by slot."""
+
+    now: float = 0.0
+    free: dict[str, float] = field(default_factory=dict)
+    ends: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Played:
+    moment: _Moment
+    spans: tuple[Span, ...]
+
+
+def _settle(program: Program, lost_s_per_byte: float) -> tuple[_Moment, float]:
+    """The moment after a step that is like the one before, and its seconds; of what comes every step."""
+    moment = _play(program, _Moment(), _NONE, lost_s_per_byte).moment
+    took = moment.now
+    if not moment.ends:  # nothing is left over from a step
+        return _Moment(), took
+    for _ in range(_MOST_ROUNDS):
+        before, last = moment.now, took
+        moment = _play(program, moment, _NONE, lost_s_per_byte).moment
+        took = moment.now - before
+        if abs(took - last) <= _STEADY * took:
+            break
+    return moment, took
+
+
+def _play(program: Program, start: _Moment, rare: frozenset[int], lost_s_per_byte: float) -> _Played:
+    """One step from a moment on.
+
+    Args:
+        rare: slots that come in it of those that do not come every step.
+        lost_s_per_byte: seconds that computing is set back by each byte that is sent while it runs.
+    """
+    now, free, ends = start.now, dict(start.free), dict(start.ends)
     spans: list[Span] = []
-    free = 0.0
-    behind = 0.0  # of the backward pass
-    for exchange in forecast.exchanges:
-        if exchange.when != "backward":
-            continue
-        share = max((ready_at.get(name, 1.0) for name in exchange.needs), default=1.0)
-        ready = before_last_backward + share * compute.backward_s
-        begin = max(ready, free)
-        free = begin + exchange_s(exchange, cluster)
-        spans.append(Span(exchange.operation, ready, begin, free))
-        behind = max(0.0, free - backward_end)
-    gathers = [exchange for exchange in forecast.exchanges if exchange.when == "gather"]
-    waited = behind + _gather_wait_s(gathers, compute_s, cluster)
-    now = backward_end + waited + compute.optimizer_s
-    for exchange in forecast.exchanges:
-        if exchange.when == "step":
-            took = exchange_s(exchange, cluster)
-            spans.append(Span(exchange.operation, now, now, now + took))
-            now += took
-            waited += took * exchange.per_step
-    beside = sum(exchange_s(e, cluster) * e.per_step for e in forecast.exchanges if e.when == "beside")
-    waited += max(0.0, beside - (compute_s + waited))
-    return StepTime(compute_s, waited, tuple(spans))
+    busy: list[tuple[float, float, float]] = []  # begin, end, share of the processor
+    for operation in program.operations:
+        match operation:
+            case Work(seconds):
+                now = computed(now, seconds, busy)
+            case Send() if operation.per_step >= 1 or operation.slot in rare:
+                begin = max([now, free.get(operation.queue, 0.0), *(ends.get(slot, 0.0) for slot in operation.after)])
+                end = begin + operation.seconds
+                free[operation.queue] = ends[operation.slot] = end
+                spans.append(Span(operation.operation, now - start.now, begin - start.now, end - start.now))
+                if lost_s_per_byte and end > begin:
+                    busy.append((begin, end, min(1.0, operation.sent_bytes * lost_s_per_byte / (end - begin))))
+            case Wait(slot) if slot in ends:
+                now = max(now, ends.pop(slot))
+    return _Played(_Moment(now, free, ends), tuple(spans))
 
 
-def _gather_wait_s(gathers: Sequence[Exchange], compute_s: float, cluster: Cluster) -> float:
-    """The first gather, and what the others together take longer than the computing that they run behind."""
-    if not gathers:
-        return 0.0
-    times = [exchange_s(exchange, cluster) for exchange in gathers]
-    total = sum(took * exchange.per_step for took, exchange in zip(times, gathers, strict=True))
-    return times[0] + max(0.0, total - times[0] - compute_s)
+def computed(now: float, seconds: float, busy: list[tuple[float, float, float]]) -> float:
+    """When so many seconds of computing are done, where exchanges take a share of the processor meanwhile."""
+    edges = sorted({edge for begin, end, _ in busy for edge in (begin, end) if edge > now})
+    for edge in edges:
+        speed = _speed(now, busy)
+        if speed > 0 and seconds <= speed * (edge - now):
+            return now + seconds / speed
+        seconds -= speed * (edge - now)
+        now = edge
+    return now + seconds
+
+
+def _speed(now: float, busy: list[tuple[float, float, float]]) -> float:
+    return max(0.0, 1.0 - sum(share for begin, end, share in busy if begin <= now < end))

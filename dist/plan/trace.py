@@ -1,15 +1,33 @@
-"""One step of a model on the meta device: what it computes, when each gradient comes, what is kept for backward."""
+"""One step of a model that need not exist: what it computes, when each gradient comes, what is kept for backward."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+
+import thinwire.dist.models.grouped_product  # noqa: F401  defines the operators that are counted here
+from thinwire.comm.partition.blocks import find_blocks
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """A part of the model that activation checkpointing computes anew.
+
+    forward_flops: of its forward pass. activation_bytes: that it keeps for backward. input_bytes: of its arguments.
+    """
+
+    forward_flops: int
+    activation_bytes: int
+    input_bytes: int
 
 
 @dataclass(frozen=True)
@@ -20,66 +38,179 @@ class StepTrace:
     ready: parameters that learn in the order in which their gradients are complete, each with the share of the backward
         pass's operations that is done by then.
     activation_bytes: kept by forward for backward, each storage once, the weights not counted.
+    used: parameters in the order in which forward comes to the modules that have them, each with the share of the
+        forward pass's operations that is done by then.
+    blocks: see BlockTrace; in the order of the forward pass.
     """
 
     forward_flops: int
     backward_flops: int
     ready: tuple[tuple[str, float], ...]
     activation_bytes: int
+    used: tuple[tuple[str, float], ...] = ()
+    blocks: tuple[BlockTrace, ...] = ()
+
+    def checkpointed(self) -> StepTrace:
+        """The same where each block keeps its input alone, and computes the rest anew in the backward pass."""
+        spared = sum(block.activation_bytes for block in self.blocks)
+        inputs = sum(block.input_bytes for block in self.blocks)
+        largest = max((block.activation_bytes for block in self.blocks), default=0)
+        return replace(
+            self,
+            backward_flops=self.backward_flops + sum(block.forward_flops for block in self.blocks),
+            activation_bytes=self.activation_bytes - spared + inputs + largest,
+        )
 
 
-def trace_step(model: nn.Module, inputs: Tensor, targets: Tensor) -> StepTrace:
-    """Trace a forward and backward pass; nothing is computed.
+def trace_step(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    *,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    network: nn.Module | None = None,
+) -> StepTrace:
+    """Trace a forward and backward pass on tensors that have a shape and no memory; nothing is computed.
 
     Args:
-        model: on the meta device: inputs -> scores (..., classes).
-        inputs, targets: of one micro-batch, on the meta device.
+        model: inputs -> scores (..., classes); on the meta device, and left as it is.
+        inputs, targets: of one micro-batch: tensors or dicts of them, on the meta device.
+        context: in which forward runs, such as autocast on the CPU.
+        network: the part of the model whose names are used; default: all.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-    came: list[tuple[str, int]] = []
-    counter = FlopCounterMode(display=False)
+    names = {id(p): name for name, p in (network or model).named_parameters()}
+    order = [names[id(p)] for p in model.parameters()]
+    with FakeTensorMode() as mode:
+        twin = _without_memory(model, mode)
+        fake = {"inputs": _like(inputs), "targets": _like(targets)}
+        named = {id(p): name for name, p in zip(order, twin.parameters(), strict=True)}
+        return _Tracer(twin, named).run(fake["inputs"], fake["targets"], context)
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
+
+class _Tracer:
+    """Hooks that read an operation counter while a model runs."""
+
+    def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
+        self._model = model
+        self._names = names
+        self._counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
+        self._own = {_storage(t) for t in [*model.parameters(), *model.buffers()]}
+        self._kept: dict[int, int] = {}
+        self._came: list[tuple[str, int]] = []
+        self._used: dict[str, int] = {}
+        self._open: list[tuple[int, int, int]] = []
+        self._blocks: list[BlockTrace] = []
+
+    def run(self, inputs: Any, targets: Tensor, context: Callable[[], AbstractContextManager[Any]]) -> StepTrace:
+        model, counter = self._model, self._counter
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._note)
+        for module in model.modules():
+            module.register_forward_pre_hook(self._enter)
+        for block in find_blocks(model):
+            block.register_forward_pre_hook(self._open_block, with_kwargs=True)
+            block.register_forward_hook(self._close_block)
+        with counter:
+            with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor), context():
+                scores = model(inputs)
+                loss = F.cross_entropy(scores.flatten(0, -2).float(), targets.flatten())
+            forward = counter.get_total_flops()
+            activation_bytes = sum(self._kept.values())
+            if any(parameter.requires_grad for parameter in model.parameters()):
+                loss.backward()
+            backward = counter.get_total_flops() - forward
+        ready = tuple((name, (at - forward) / backward if backward else 1.0) for name, at in self._came)
+        used = tuple((name, at / forward if forward else 0.0) for name, at in self._used.items())
+        return StepTrace(forward, backward, ready, activation_bytes, used, tuple(self._blocks))
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self._own:
+            self._kept[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def note(parameter: Tensor) -> None:
-        came.append((names[id(parameter)], counter.get_total_flops()))
+    def _note(self, parameter: Tensor) -> None:
+        self._came.append((self._names[id(parameter)], self._counter.get_total_flops()))
 
-    hooks: list[Any] = [p.register_post_accumulate_grad_hook(note) for p in model.parameters() if p.requires_grad]
-    try:
-        with counter:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                scores = model(inputs)
-                loss = F.cross_entropy(scores.flatten(0, -2), targets.flatten())
-            forward = counter.get_total_flops()
-            activation_bytes = sum(kept.values())
-            loss.backward()
-            total = counter.get_total_flops()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.zero_grad()
-    backward = total - forward
-    ready = tuple((name, (at - forward) / backward if backward else 1.0) for name, at in came)
-    return StepTrace(forward, backward, ready, activation_bytes)
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            self._used.setdefault(self._names[id(parameter)], self._counter.get_total_flops())
+
+    def _open_block(self, block: nn.Module, arguments: Any, keywords: Any) -> None:
+        tensors = [t for t in torch.utils._pytree.tree_leaves((arguments, keywords)) if isinstance(t, Tensor)]
+        # What does not depend on the weights, such as rotary angles, is the same for all blocks.
+        input_bytes = sum(t.numel() * t.element_size() for t in tensors if t.requires_grad)
+        self._open.append((self._counter.get_total_flops(), sum(self._kept.values()), input_bytes))
+
+    def _close_block(self, block: nn.Module, arguments: Any, output: Any) -> None:
+        flops, kept, input_bytes = self._open.pop()
+        now = sum(self._kept.values())
+        self._blocks.append(BlockTrace(self._counter.get_total_flops() - flops, now - kept, input_bytes))
 
 
-def ddp_buckets(
-    parameters: Sequence[tuple[str, Tensor]], bucket_bytes: int, first_bucket_bytes: int
-) -> list[list[str]]:
-    """The buckets that DDP fills from its second step on.
+def _without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy on the CPU, whose tensors have no memory."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        twin = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = twin
+    return copy.deepcopy(model, memo)
+
+
+def _like(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _like(one) for name, one in value.items()}
+    assert isinstance(value, Tensor)
+    return torch.zeros(value.shape, dtype=value.dtype)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _product_flops(rows: Sequence[int], matrices: Sequence[int], *_: Any, **__: Any) -> int:
+    """rows (count, inner), each times one of the matrices (groups, inner, outer)."""
+    return 2 * rows[0] * rows[1] * matrices[2]
+
+
+def _outer_flops(rows: Sequence[int], others: Sequence[int], *_: Any, **__: Any) -> int:
+    """For each group, rows^T (inner, count) @ others (count, outer)."""
+    return 2 * rows[0] * rows[1] * others[1]
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Two products of (length, width) matrices for each head; both halves of the causal square, as torch counts."""
+    return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
+
+
+def _attention_backward_flops(
+    gradient: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    """The scores again, and two products for each of the forward pass's."""
+    return 2 * query[0] * query[1] * query[2] * key[2] * (3 * query[3] + 2 * value[3])
+
+
+# What torch does not count by itself.
+_FLOPS: dict[Any, Any] = {
+    torch.ops.thinwire.grouped_product: _product_flops,
+    torch.ops.thinwire.grouped_outer: _outer_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
+def ddp_buckets(parameters: Sequence[tuple[str, Tensor]], bucket_bytes: int) -> list[list[str]]:
+    """The buckets that DDP fills from its second step on, if its bucket_cap_mb was given: the first is as large.
 
     Args:
         parameters: in the order in which their gradients come.
-        bucket_bytes: its bucket_cap_mb, in bytes. first_bucket_bytes: of the first, so that sending begins early.
+        bucket_bytes: its bucket_cap_mb, in bytes.
     """
     tensors = [tensor for _, tensor in parameters]
     indices, _ = torch._C._distributed_c10d._compute_bucket_assignment_by_size(
-        tensors, [min(first_bucket_bytes, bucket_bytes), bucket_bytes], [False] * len(tensors)
+        tensors, [bucket_bytes], [False] * len(tensors)
     )
     return [[parameters[i][0] for i in bucket] for bucket in indices]

@@ -1,0 +1,186 @@
+"""Methods side by side on one cluster: what each costs, which to take and why, and at which link rate that ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from thinwire.comm.units import format_rate
+from thinwire.dist.plan.candidates import Candidate, candidates_for
+from thinwire.dist.plan.cluster import Cluster
+from thinwire.dist.plan.prediction import Prediction, check_levels, predict, subject_of
+from thinwire.dist.plan.steps_factor import StepsFactor, steps_factor
+
+if TYPE_CHECKING:
+    from thinwire.dist.config import RunConfig
+
+_SLOWEST_BPS, _FASTEST_BPS = 1e6, 1e12
+_PER_DECADE = 4
+_HALVINGS = 24
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate with its cost. factor: of steps to the same loss, against all-reduce in fp32."""
+
+    candidate: Candidate
+    prediction: Prediction
+    factor: StepsFactor
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.candidate.label
+
+    def seconds(self, steps: float) -> float:
+        """Until the loss that all-reduce has after so many steps; inf where that is not known, or never."""
+        return math.inf if self.factor.steps is None else steps * self.factor.steps * self.prediction.time.step_s
+
+
+@dataclass(frozen=True)
+class Change:
+    """Below link_bps of the slowest level one method is sooner, above it another."""
+
+    link_bps: float
+    below: str
+    above: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """options: that can run here, the user's own first. left_out: (label, reason). best: what is recommended, and why.
+
+    changes: where, along the rate of the slowest level's links, another of the recommendable methods is the soonest.
+    """
+
+    cluster: Cluster
+    options: tuple[Option, ...]
+    left_out: tuple[tuple[str, str], ...]
+    best: Option | None
+    reason: str
+    changes: tuple[Change, ...]
+
+
+def compare(config: RunConfig, cluster: Cluster, kinds: Sequence[str] = ()) -> Comparison:
+    """Predict the run by each method, and choose.
+
+    The one is recommended that reaches the same loss soonest, among those that fit into memory and whose steps to the
+    same loss have been measured; among those that the user names, also without such a figure.
+
+    Args:
+        kinds: the only methods to look at; empty: all that train by gradients.
+    Raises:
+        ValueError: the run itself does not fit this cluster.
+    """
+    check_levels(config, cluster)
+    subject = subject_of(config, cluster.size)
+    options: list[Option] = []
+    left_out: list[tuple[str, str]] = []
+    for candidate in candidates_for(config, cluster, tuple(kinds)):
+        try:
+            if candidate.why_not is not None:
+                raise ValueError(candidate.why_not)
+            prediction = predict(candidate.config, cluster, replace(subject, config=candidate.config))
+        except ValueError as error:
+            left_out.append((candidate.label, str(error)))
+            continue
+        factor = steps_factor(candidate.config)
+        if kinds and not factor.was_measured:
+            factor = StepsFactor(1.0, False)
+        options.append(Option(candidate, prediction, factor))
+    able = [option for option in options if option.prediction.fits and option.factor.steps is not None]
+    best = min(able, key=lambda option: option.seconds(1), default=None)
+    changes = _changes(able, cluster) if best is not None else []
+    return Comparison(cluster, tuple(options), tuple(left_out), best, _reason(options, best), tuple(changes))
+
+
+def crossing(first: Callable[[float], float], second: Callable[[float], float], low: float, high: float) -> float:
+    """The rate between two at which two times are equal, by bisection on a logarithmic scale.
+
+    Args:
+        first, second: seconds at a rate; the first are fewer at `low`, the second at `high`.
+    """
+    for _ in range(_HALVINGS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if first(middle) <= second(middle) else (low, middle)
+    return math.sqrt(low * high)
+
+
+def _changes(options: Sequence[Option], cluster: Cluster) -> list[Change]:
+    """Along the rates of the slowest level's links, all else as it is."""
+
+    def seconds_of(option: Option) -> Callable[[float], float]:
+        known: dict[float, float] = {}
+
+        def seconds(link_bps: float) -> float:
+            if link_bps not in known:
+                time = option.prediction.on(_with_rate(cluster, link_bps)).time
+                known[link_bps] = time.step_s * (option.factor.steps or math.inf)
+            return known[link_bps]
+
+        return seconds
+
+    if cluster.size == 1:
+        return []
+    times = {option.label: seconds_of(option) for option in options}
+    decades = math.log10(_FASTEST_BPS / _SLOWEST_BPS)
+    rates = [_SLOWEST_BPS * 10 ** (n / _PER_DECADE) for n in range(round(decades * _PER_DECADE) + 1)]
+    soonest = [min(times, key=lambda label, rate=rate: times[label](rate)) for rate in rates]  # type: ignore[misc]
+    changes = []
+    for low, high, below, above in zip(rates, rates[1:], soonest, soonest[1:], strict=False):
+        if below != above:
+            changes.append(Change(crossing(times[below], times[above], low, high), below, above))
+    return changes
+
+
+def _with_rate(cluster: Cluster, link_bps: float) -> Cluster:
+    *inner, slowest = cluster.levels
+    return cluster.model_copy(update={"levels": (*inner, slowest.model_copy(update={"link_bps": link_bps}))})
+
+
+def _reason(options: Sequence[Option], best: Option | None) -> str:
+    """One or two sentences."""
+    if best is None:
+        if not any(option.prediction.fits for option in options):
+            return "nothing fits into the memory of a device: take a smaller train.micro_batch, or more ranks"
+        return "no method that fits has been measured to reach all-reduce's loss; name some with --methods"
+    dense = next((option for option in options if option.candidate.config.method.kind == "allreduce"), None)
+    took = best.prediction.time
+    if dense is None or dense is best:
+        others = [o for o in options if o is not best and o.prediction.fits and o.factor.steps is not None]
+        text = f"{best.label} of this model takes {_seconds(took.step_s)} per step on these links"
+        if not others:
+            return f"{text}; nothing else that is offered can be compared with it"
+        second = min(others, key=lambda option: option.seconds(1))
+        return f"{text}; the next best, {second.label}, takes {_seconds(second.prediction.time.step_s)}{_steps(second)}"
+    slow = dense.prediction.time
+    text = (
+        f"{dense.label} of this model takes {_seconds(slow.step_s)} per step on these links, "
+        f"{_seconds(slow.exposed_s)} of it waiting; {best.label} takes {_seconds(took.step_s)}{_steps(best)}"
+    )
+    if not dense.prediction.fits:
+        return f"{text}; and {dense.label} does not fit into a device's memory"
+    if dense.factor.steps is None:
+        return text
+    times = dense.seconds(1) / best.seconds(1)
+    return f"{text}: the same loss {times:.3g} times sooner" if times > 1.005 else text
+
+
+def _steps(option: Option) -> str:
+    if not option.factor.was_measured:
+        return ", its steps to the same loss not being measured"
+    assert option.factor.steps is not None
+    return "" if option.factor.steps == 1 else f", and {option.factor.steps:.3g} times the steps to the same loss"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds >= 0.0995:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{1e3 * seconds:.2g} ms"
+
+
+def describe_change(change: Change) -> str:
+    """In words."""
+    return f"{format_rate(float(f'{change.link_bps:.2g}'))}: {change.below} below, {change.above} above"

@@ -1,0 +1,46 @@
+"""Seconds of computing, and seconds of one exchange by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from thinwire.comm.forecast import Exchange
+from thinwire.dist.plan.cluster import Cluster, CodecSpeed
+
+
+@dataclass(frozen=True)
+class ComputeTime:
+    """Seconds of one rank: forward and backward of one micro-batch, and the optimizer's step."""
+
+    forward_s: float
+    backward_s: float
+    optimizer_s: float
+
+    def step_s(self, micro_batches: int) -> float:
+        """Of a whole step."""
+        return micro_batches * (self.forward_s + self.backward_s) + self.optimizer_s
+
+
+def exchange_s(exchange: Exchange, cluster: Cluster) -> float:
+    """Seconds of one occurrence: coding, and at each level bytes / rate + shots x latency, the slowest of them.
+
+    The levels of one exchange send at the same time; its shots on different levels come one after another only where
+    the method says so by an exchange for each.
+    """
+    times = [
+        cluster.level(level).send_s(count, exchange.shots.get(level, 0))
+        for level, count in exchange.sent_bytes.items()
+        if count
+    ]
+    return coding_s(exchange, cluster) + max(times, default=0.0)
+
+
+def coding_s(exchange: Exchange, cluster: Cluster) -> float:
+    """Seconds of encoding and decoding in one occurrence; what has not been measured costs nothing."""
+    speeds: Mapping[str, CodecSpeed] = cluster.measured.codecs if cluster.measured else {}
+    total = 0.0
+    for coding in exchange.coding:
+        if (speed := speeds.get(coding.codec)) is not None:
+            total += coding.encoded * speed.encode_s + coding.decoded * speed.decode_s + speed.call_s
+    return total
