@@ -69,7 +69,8 @@ class Pending(Generic[T]):
         """
         if not self._ended.is_set():
             began = time.monotonic()
-            self._ended.wait()
+            with torch.profiler.record_function(f"wait: {self.operation}"):
+                self._ended.wait()
             self._owner.exposed_s += time.monotonic() - began
         if self._error is not None:
             raise self._error

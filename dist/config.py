@@ -64,6 +64,16 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _traced_steps_come(self) -> RunConfig:
+        traced, steps = self.output.trace_steps, self.train.steps
+        if traced is not None and traced[1] > steps:
+            raise ValueError(
+                f"output.trace_steps: [{traced[0]}, {traced[1]}], but the run ends after train.steps: {steps}; give "
+                "steps of the run"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _balance_has_something_to_do(self) -> RunConfig:
         check_balance(self)
         return self

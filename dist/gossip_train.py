@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import record_function
 
 from thinwire.comm.gossip.door import enter
 from thinwire.comm.gossip.post.machines import meet
@@ -24,6 +25,7 @@ from thinwire.dist.metrics import Record, Sink, StepTraffic
 from thinwire.dist.optimizers import build_optimizer
 from thinwire.dist.run_folder import numeric_settings
 from thinwire.dist.step_reports import NonFiniteError
+from thinwire.dist.step_trace import StepTrace
 from thinwire.dist.stop import StopRequest
 from thinwire.dist.task import build_task, compare_with_others, computing
 from thinwire.dist.train import Outcome
@@ -98,6 +100,7 @@ class GossipTrainer:
             raise
         self.method.cut_every = config.checkpoint.every_steps
         self._traffic = StepTraffic(self.method.meter, world.interface.name)
+        self._trace = StepTrace(config.output.trace_steps, config.folder, rank=rank, host=world.host)
         self.lost: frozenset[int] = frozenset()
         self._own: Record = {}
         self._last: Record | None = None
@@ -141,7 +144,8 @@ class GossipTrainer:
         self._traffic.since_last()
         saved = state.step
         while not method.ended:
-            record = self._train_step()
+            with self._trace.step(state.step + 1):
+                record = self._train_step()
             if self.stop.reason:
                 method.stop()
             if train.eval_windows and train.eval_every and state.step % train.eval_every == 0 and not method.ended:
@@ -155,6 +159,7 @@ class GossipTrainer:
                 state.save()
                 saved = state.step
                 self._traffic.since_last()  # what this sent belongs to no step
+        self._trace.close()
         if saved != state.step:
             self.lost = state.save()
         return Outcome(state.step, method.stopped_by, self._last)
@@ -168,8 +173,9 @@ class GossipTrainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = "this machine's own loss or gradient is not finite"
             raise NonFiniteError(self.state.step + 1, (self.world.rank,), what, _ADVICE)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with record_function("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         step_s = time.monotonic() - began
         exposed_s = method.exposed_s - exposed_before
         traffic = self._traffic.since_last()

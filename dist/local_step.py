@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
+from torch.profiler import record_function
 
 from thinwire.dist.data import shard
 from thinwire.dist.optimizers import learning_rate
@@ -61,10 +62,11 @@ class LocalStep:
         for i in range(self.micro_batches):
             part = samples[i * self.micro_batch : (i + 1) * self.micro_batch]
             batch = self._data.training_batch(part, self._device)
-            with computing(train.precision, self._device):
+            with record_function("forward"), computing(train.precision, self._device):
                 scores = self._model(batch.inputs)
                 loss = F.cross_entropy(scores.flatten(0, -2), batch.targets.flatten()) / self.micro_batches
-            loss.backward()
+            with record_function("backward"):
+                loss.backward()
             total += float(loss.detach())
         parameters = [p for p in self._model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,9 +46,14 @@ class StepTraffic:
         self._meter = meter
         self._interface = interface
         self._before = self._totals()
+        self._operations_before = self._by_operation()
 
     def since_last(self) -> Record:
-        """Bytes since the last call: the method's, in all and by level; of control messages; on the interface."""
+        """Bytes since the last call: the method's, in all and by level; of control messages; on the interface.
+
+        Under "operations" those of each operation and level, with its calls, and the seconds during which one of them
+        was under way; buckets and groups of one kind are counted together.
+        """
         now, before = self._totals(), self._before
         self._before = now
         delta = {
@@ -64,7 +71,28 @@ class StepTraffic:
             "received_bytes_by_level": received,
             "control_sent_bytes": sum(delta["control_sent"].values()),
             "interface_sent_bytes": delta["interface_sent"]["all"],
+            "operations": self._operations_since_last(),
         }
+
+    def _operations_since_last(self) -> dict[str, dict[str, dict[str, float]]]:
+        now, before = self._by_operation(), self._operations_before
+        self._operations_before = now
+        told: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        for (operation, level), totals in now.items():
+            earlier = before.get((operation, level), {})
+            since = {key: total - earlier.get(key, 0) for key, total in totals.items()}
+            if since["calls"]:
+                told[operation][level] = since | {"seconds": round(since["seconds"], 6)}
+        return dict(told)
+
+    def _by_operation(self) -> dict[tuple[str, str], dict[str, float]]:
+        totals: dict[tuple[str, str], dict[str, float]] = {}
+        for operation, by_level in self._meter.snapshot()["operations"].items():
+            for level, traffic in by_level.items():
+                known = totals.setdefault((_kind(operation), level), {})
+                for key, value in traffic.items():
+                    known[key] = known.get(key, 0) + value
+        return totals
 
     def _totals(self) -> dict[str, dict[str, int]]:
         counters = psutil.net_io_counters(pernic=True, nowrap=False)
@@ -103,10 +131,17 @@ class JsonLines:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl. A last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl. A last line that a kill cut short is left out.
+
+    Raises:
+        ValueError: another line is not JSON; names it.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        records.append(json.loads(line))
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
     return records
 
 
@@ -173,6 +208,11 @@ def flat_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float
         elif isinstance(value, (int, float)):
             numbers[prefix + key] = value
     return numbers
+
+
+def _kind(operation: str) -> str:
+    """The operation's name without the number of its bucket or group."""
+    return re.sub(r"\d+(?=/|$)", "", operation)
 
 
 def _line(record: Record) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from thinwire.comm.settings import Settings
 from thinwire.dist.config_errors import ConfigError
@@ -15,6 +15,9 @@ from thinwire.dist.config_errors import ConfigError
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+FACTS = "run.json"
+TRACES = "traces"
+_MOST_TRACED_STEPS = 50  # files that a browser still opens
 
 # Settings that leave every number of the training as it is.
 _HARMLESS = {
@@ -49,12 +52,26 @@ class OutputSettings(Settings):
     folder: each run has a folder of its own below it.
     every_s: seconds between two lines of progress where there is no terminal.
     tensorboard, wandb: also send the metrics there; each needs its package.
+    trace_steps: [first, last], counted from 1: steps of which every rank writes a trace for Perfetto into the run
+      folder of its own host; null = none. `thinwire report` draws it.
     """
 
     folder: str = Field("runs", min_length=1)
     every_s: float = Field(5.0, ge=0)
     tensorboard: bool = False
     wandb: bool = False
+    trace_steps: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _trace_can_be_opened(self) -> OutputSettings:
+        if self.trace_steps is not None:
+            first, last = self.trace_steps
+            if not 1 <= first <= last < first + _MOST_TRACED_STEPS:
+                raise ValueError(
+                    f"trace_steps: [{first}, {last}]; give the first and the last step to trace, counted from 1, no "
+                    f"more than {_MOST_TRACED_STEPS} steps, such as [10, 12]"
+                )
+        return self
 
 
 def write_config(folder: Path, text: str) -> None:

@@ -1,9 +1,11 @@
-"""What the ranks tell each other once a step: their losses, and whether they were asked to stop."""
+"""What the ranks tell each other once a step: their losses and times, and whether they were asked to stop."""
 
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,15 +41,31 @@ class Report:
     """What all ranks said about a step.
 
     loss: the mean of the finite losses, nan if there is none. non_finite_ranks: whose were not.
+    computed_s, waited_s: seconds of the step, by rank, in which it computed, and in which it waited for the others.
     """
 
     loss: float
     non_finite_ranks: tuple[int, ...]
     stopping_ranks: tuple[int, ...]
+    computed_s: tuple[float, ...]
+    waited_s: tuple[float, ...]
+
+    def record(self) -> dict[str, Any]:
+        """What the step's record says of every rank: it shows whom the others waited for. Nothing of a rank alone."""
+        if len(self.computed_s) == 1:
+            return {}
+        return {
+            "compute_ms_by_rank": [round(1e3 * s, 3) for s in self.computed_s],
+            "exposed_comm_ms_by_rank": [round(1e3 * s, 3) for s in self.waited_s],
+        }
+
+
+# Loss, seconds computed, seconds waited; the sign of the last is the wish to stop.
+_REPORT = struct.Struct("<dff")
 
 
 class StepReports:
-    """Each rank's loss and wish to stop, exchanged once a step: 16 bytes to every peer.
+    """Each rank's loss, times and wish to stop, exchanged once a step: 16 bytes to every peer.
 
     Sent after a step and read after the next, so its latency hides behind a step's computation; and since every rank
     reads the same words at the same place, all stop after the same step.
@@ -57,22 +75,25 @@ class StepReports:
         self._queue = queue
         self._pending: Pending[torch.Tensor] | None = None
 
-    def send(self, loss: float, stop: bool) -> None:
+    def send(self, loss: float, stop: bool, *, computed_s: float = 0.0, waited_s: float = 0.0) -> None:
         """Tell the others. Every rank calls this after every step."""
         assert self._pending is None
-        mine = torch.tensor([loss, float(stop)], dtype=torch.float64)
+        told = _REPORT.pack(loss, computed_s, math.copysign(waited_s, -1.0 if stop else 1.0))
+        mine = torch.frombuffer(bytearray(told), dtype=torch.uint8)
         self._pending = self._queue.submit("control/flags", lambda channel: channel.all_gather_same(mine))
 
     def read(self) -> Report:
         """What was sent last, by all ranks."""
         assert self._pending is not None
         pending, self._pending = self._pending, None
-        rows = pending.wait().tolist()
-        losses = [row[0] for row in rows]
+        rows = [_REPORT.unpack(bytes(row)) for row in pending.wait().tolist()]
+        losses: list[float] = [row[0] for row in rows]
         non_finite = tuple(r for r, loss in enumerate(losses) if not math.isfinite(loss))
         finite = [loss for loss in losses if math.isfinite(loss)]
         return Report(
             loss=math.fsum(finite) / len(finite) if finite else math.nan,
             non_finite_ranks=non_finite,
-            stopping_ranks=tuple(r for r, row in enumerate(rows) if row[1]),
+            stopping_ranks=tuple(r for r, row in enumerate(rows) if math.copysign(1.0, row[2]) < 0),
+            computed_s=tuple(row[1] for row in rows),
+            waited_s=tuple(abs(row[2]) for row in rows),
         )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
+from torch.profiler import record_function
 
 from thinwire.comm.errors import NonFiniteGradientError
 from thinwire.comm.method import DescribedMethod, LocalMethod, agreed_weights
@@ -26,6 +27,7 @@ from thinwire.dist.optimizers import learning_rate
 from thinwire.dist.run_folder import numeric_settings
 from thinwire.dist.run_state import RunState
 from thinwire.dist.step_reports import NonFiniteError, StepReports
+from thinwire.dist.step_trace import StepTrace
 from thinwire.dist.stop import StopRequest
 from thinwire.dist.task import build_task, compare_with_others, computing, evaluate_task
 from thinwire.dist.world import World
@@ -124,6 +126,7 @@ class Trainer:
         self.state = RunState(self.engine, world, config.folder, config.checkpoint, facts, balance)
         self._reports = StepReports(world.queue)
         self._traffic = StepTraffic(world.queue.meter, world.interface.name)
+        self._trace = StepTrace(config.output.trace_steps, config.folder, rank=world.rank, host=world.host)
         self._stopping_ranks: tuple[int, ...] = ()
         self._sinks: Sequence[Sink] = ()
         self._unpublished: Record | None = None
@@ -166,7 +169,8 @@ class Trainer:
         saved = state.step
         self._traffic.since_last()
         while state.step < steps and not self._stopping_ranks:
-            record = self._train_step()
+            with self._trace.step(state.step + 1):
+                record = self._train_step()
             state.step += 1
             due = state.step == steps
             if evaluating := bool(self.config.train.eval_windows) and (
@@ -183,6 +187,7 @@ class Trainer:
             if evaluating or saving:
                 self._traffic.since_last()  # what these sent belongs to no step
         self._publish()
+        self._trace.close()
         if saved != state.step:
             state.save()
         if self.balance:
@@ -200,7 +205,8 @@ class Trainer:
         loss = self._forward_backward()
         self._publish()  # the step before: its reports came in while this one computed
         try:
-            norm = engine.step()
+            with record_function("optimizer"):
+                norm = engine.step()
         except NonFiniteGradientError:
             # The mean gradient is the same on all ranks, so all are here at this step: ask whose loss it was.
             self._reports.send(loss, stop=False)
@@ -211,7 +217,8 @@ class Trainer:
         step_s = time.monotonic() - began
         exposed_s = self._exposed_s() - exposed_before
         traffic = self._traffic.since_last()
-        self._reports.send(loss, bool(self.stop.reason))
+        stop = bool(self.stop.reason)
+        self._reports.send(loss, stop, computed_s=step_s - exposed_s, waited_s=exposed_s)
         plain_bytes = 2 * 4 * self.parameters * (self.world.size - 1) / self.world.size
         return {
             "lr": lr,
@@ -242,16 +249,18 @@ class Trainer:
             batch = self.data.training_batch(part, self.world.device)
             last = i == self.micro_batches - 1
             with self.engine.micro_batch(last=last):
-                with computing(self.config.train.precision, self.world.device):
+                with record_function("forward"), computing(self.config.train.precision, self.world.device):
                     scores = self.engine.forward(batch.inputs)
                     loss = F.cross_entropy(scores.flatten(0, -2), batch.targets.flatten()) / self.micro_batches
                 if self.balance and self.balance.forwards_first:
                     held.append(loss)
                 else:
-                    self.engine.backward(loss)
+                    with record_function("backward"):
+                        self.engine.backward(loss)
             total += float(loss.detach())
         if held:
-            self.engine.backward(torch.stack(held).sum())
+            with record_function("backward"):
+                self.engine.backward(torch.stack(held).sum())
         return total
 
     def _publish(self) -> None:
@@ -265,7 +274,7 @@ class Trainer:
             apart = isinstance(self.method, LocalMethod)
             what = "a rank's own loss or gradient is not finite" if apart else "the gradient is finite, the loss is not"
             raise NonFiniteError(record["step"], report.non_finite_ranks, what)
-        self._last = {"step": record["step"], "loss": report.loss, **record}
+        self._last = {"step": record["step"], "loss": report.loss, **record, **report.record()}
         for sink in self._sinks:
             sink.write(self._last)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from thinwire.comm.onebyte.exchange import Turn
 from thinwire.comm.onebyte.optimizer import OneByteSPSA
@@ -24,6 +25,7 @@ from thinwire.dist.onebyte_log import bring_together, log_path
 from thinwire.dist.onebyte_run import AllRoundsDoneError, OneByteRunSettings, TimedExchange, joining, samples_of
 from thinwire.dist.optimizers import learning_rate
 from thinwire.dist.step_reports import NonFiniteError, StepReports
+from thinwire.dist.step_trace import StepTrace
 from thinwire.dist.stop import StopRequest
 from thinwire.dist.task import Task, build_task, compare_with_others, computing, evaluate_task
 from thinwire.dist.train import Outcome
@@ -70,6 +72,7 @@ class ZerothOrderTrainer:
         self.micro_batch, self.micro_batches = config.train.share(world.size)
         self.task, started_from = self._begin()
         compare_with_others(self.task, config.resolved(), world)
+        self.data = self.task.data
         self.parameters = sum(p.numel() for p in self.task.network.parameters())
         self.learning = sum(p.numel() for p in self.task.network.parameters() if p.requires_grad)
         path = log_path(config.folder, world.rank)
@@ -91,6 +94,7 @@ class ZerothOrderTrainer:
         self.state = LogState(finished, resumed)
         self._reports = StepReports(world.queue)
         self._traffic = StepTraffic(world.queue.meter, world.interface.name)
+        self._trace = StepTrace(config.output.trace_steps, config.folder, rank=world.rank, host=world.host)
         self._stopping_ranks: tuple[int, ...] = ()
         self._sinks: Sequence[Sink] = ()
         self._unpublished: Record | None = None
@@ -142,7 +146,8 @@ class ZerothOrderTrainer:
         while state.step < train.steps and not self._stopping_ranks:
             before = state.step
             try:
-                record = self._train_step()
+                with self._trace.step(before + 1):
+                    record = self._train_step()
             except AllRoundsDoneError:
                 state.step = self.method.replica.rounds
                 break
@@ -155,6 +160,7 @@ class ZerothOrderTrainer:
                 self._publish()
                 self._traffic.since_last()  # what the evaluation sent belongs to no step
         self._publish()
+        self._trace.close()
         if self.world.rank == 0 and state.step >= train.steps:
             export_safetensors(self.task.network.state_dict(), self.config.folder / WEIGHTS)
         self.method.remove()
@@ -182,7 +188,8 @@ class ZerothOrderTrainer:
                 traffic[key] = round(among[key] - self._elastic_before.get(key, 0.0))
             metrics |= {key: value for key, value in among.items() if key not in traffic}
             self._elastic_before = among
-        self._reports.send(losses.mean, bool(self.stop.reason))
+        stop = bool(self.stop.reason)
+        self._reports.send(losses.mean, stop, computed_s=step_s - exposed_s, waited_s=exposed_s)
         if metrics["contributions"] and metrics["absent"] == metrics["contributions"]:
             # Every rank has the same round, so all are here.
             raise NonFiniteError(
@@ -218,7 +225,7 @@ class ZerothOrderTrainer:
         total = torch.zeros((), device=device)
         with torch.no_grad():
             for batch in self._batches_of(self.method.turn):
-                with computing(self.config.train.precision, device):
+                with record_function("forward"), computing(self.config.train.precision, device):
                     scores = self.task.model(batch.inputs)
                 total += F.cross_entropy(scores.float().flatten(0, -2), batch.targets.flatten())
         return total / self.micro_batches
@@ -239,7 +246,7 @@ class ZerothOrderTrainer:
         record, self._unpublished = self._unpublished, None
         report = self._reports.read()
         self._stopping_ranks = report.stopping_ranks
-        self._last = {"step": record["step"], "loss": report.loss, **record}
+        self._last = {"step": record["step"], "loss": report.loss, **record, **report.record()}
         for sink in self._sinks:
             sink.write(self._last)
 

@@ -16,8 +16,11 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from thinwire.comm.units import format_rate
-from thinwire.launch.comparison import RunOutcome, draw_curves, print_table, read_outcome
 from thinwire.launch.lab import Lab, LabError, why_not
+from thinwire.launch.report.loss_curves import draw_curves
+from thinwire.launch.report.outcome import RunOutcome, outcome_of
+from thinwire.launch.report.run import read_run, with_modelled_link
+from thinwire.launch.report.table import print_table
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def demo(*, hosts: int, rate_bps: float, steps: int | None, folder: Path) -> int
         if code:
             print(f"thinwire demo: the run {variant.label!r} failed, its messages are above", file=sys.stderr)
             return code
-        outcomes.append(read_outcome(variant.label, folder / name, modelled_bps=rate_bps if obstacle else None))
+        trained = read_run(folder / name, variant.label)
+        outcomes.append(outcome_of(with_modelled_link(trained, rate_bps) if obstacle else trained))
     print()
     print_table(
         outcomes, title=f"{hosts} hosts, {format_rate(rate_bps)} each" + (", link modelled" if obstacle else "")
@@ -107,6 +111,7 @@ def demo(*, hosts: int, rate_bps: float, steps: int | None, folder: Path) -> int
             print(f"{variant.label}: {variant.note}")
     draw_curves(outcomes, folder / "loss.png", title=f"GPT on {hosts} hosts joined by {format_rate(rate_bps)}")
     print(f"\nloss against seconds: {folder / 'loss.png'}; every step: {folder}/*/metrics.jsonl")
+    print(f"where the time and the bytes went: thinwire report {folder}/*/")
     return 0
 
 

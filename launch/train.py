@@ -71,6 +71,7 @@ def _train(config: RunConfig, world: World) -> tuple[Outcome, bool]:
     from thinwire.dist.gossip_run import GossipRunSettings
     from thinwire.dist.gossip_train import GossipTrainer
     from thinwire.dist.onebyte_run import OneByteRunSettings
+    from thinwire.dist.run_facts import describe_run, write_facts
     from thinwire.dist.stop import StopRequest
     from thinwire.dist.train import Trainer
     from thinwire.dist.zeroth_order import ZerothOrderTrainer
@@ -91,6 +92,9 @@ def _train(config: RunConfig, world: World) -> tuple[Outcome, bool]:
     print(trainer.describe(), flush=True)
     _print_what_is_logged()
     sinks, seconds_before = _open_sinks(config, trainer.state.step)
+    machines = trainer.machines if isinstance(trainer, GossipTrainer) else world.size
+    facts = describe_run(trainer, world, global_batch=config.train.global_batch, machines=machines)
+    write_facts(config.folder, facts, trainer.state.step)
     try:
         return trainer.run(sinks, seconds_before), _all_there(trainer)
     finally:

@@ -50,10 +50,20 @@ def test_traffic_is_told_by_step_level_and_purpose() -> None:
     traffic = StepTraffic(meter, loopback_interface().name)
     for _ in range(2):
         meter.record("allreduce/bucket0", {1: 100, 2: 30}, {1: 7, 2: 8}, 0.0)
-        meter.record("allreduce/bucket1", {1: 1}, {2: 1}, 0.0)
+        meter.record("allreduce/bucket1", {1: 1}, {2: 1}, 0.25)
         meter.record("control/flags", {1: 16, 2: 16}, {1: 16, 2: 16}, 0.0)
         told = traffic.since_last()
         assert told.pop("interface_sent_bytes") >= 0
+        assert told.pop("operations") == {
+            "allreduce/bucket": {
+                "node": {"calls": 2, "sent_bytes": 101, "received_bytes": 7, "seconds": 0.25},
+                "world": {"calls": 2, "sent_bytes": 30, "received_bytes": 9, "seconds": 0.25},
+            },
+            "control/flags": {
+                level: {"calls": 1, "sent_bytes": 16, "received_bytes": 16, "seconds": 0.0}
+                for level in ("node", "world")
+            },
+        }
         assert told == {
             "sent_bytes": 131,
             "received_bytes": 16,

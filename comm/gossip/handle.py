@@ -254,9 +254,17 @@ class Gossip:
         return self._text
 
     def metrics(self) -> dict[str, float]:
-        """Those of the algorithm and the machine (Agent.metrics), and bytes so far by edge: `sent_to/RANK`."""
+        """Those of the algorithm and the machine (Agent.metrics).
+
+        Besides, so far, bytes by edge, `sent_to/RANK`, and seconds by who was waited for, `waited_for_s/RANK`.
+        """
         edges = {f"sent_to/{rank}": float(count) for rank, count in sorted(self._post.sent_bytes.items()) if count}
-        return {**self._agent.metrics(), **edges}
+        waited = {
+            f"waited_for_s/{rank}": seconds
+            for rank, seconds in sorted(self._post.waited_for_s.items())
+            if rank != self._post.rank
+        }
+        return {**self._agent.metrics(), **edges, **waited}
 
     def remove(self) -> None:
         """Stop exchanging, and leave the others; this machine keeps the weights it has."""

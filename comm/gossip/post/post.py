@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TypeVar
 
 import torch
+from torch.profiler import record_function
 
 from thinwire.comm.errors import PeerLostError
 from thinwire.comm.gossip.inbox import Inbox
@@ -46,7 +47,8 @@ class Post:
         grace_s: beyond these, how many seconds a machine may take to appear for the first time.
         backlog_bytes: that may wait for a machine, before it is lost; at least four of the longest message.
         limit_bytes: of the longest payload that is taken from others.
-    Attributes: exposed_s, seconds for which wait() has blocked; sent_bytes, payload bytes by receiver; meter.
+    Attributes: exposed_s, seconds for which wait() has blocked; waited_for_s, the same by the machine whose message or
+    loss ended the wait; sent_bytes, payload bytes by receiver; meter.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class Post:
         self.size = len(addresses)
         self.meter = meter
         self.exposed_s = 0.0
+        self.waited_for_s: dict[int, float] = defaultdict(float)
         self.sent_bytes: dict[int, int] = defaultdict(int)
         self._addresses = list(addresses)
         self._peers = tuple(peers if peers is not None else range(self.size))
         self._lost_after_s = lost_after_s
         self._arrived = threading.Condition(threading.RLock())  # never held while a link's lock is taken
         self._inbox = Inbox()
+        self._newest_from = rank  # whose message, or loss, was the last thing to happen
         self._lost: frozenset[int] = frozenset()
         self._returned: set[int] = set()  # of the lost: those that are there again, but have not taken part yet
         self._generations = [0] * self.size
@@ -159,12 +163,17 @@ class Post:
             RuntimeError: the post was closed, or one of its threads has failed.
         """
         began = time.monotonic()
-        with self._arrived:
-            while not wait.ready() and (left_s := wait.until - time.monotonic()) > 0:
+        came = False
+        with self._arrived, record_function("wait: gossip"):
+            while not (came := wait.ready()) and (left_s := wait.until - time.monotonic()) > 0:
                 self._check()
                 self._arrived.wait(min(left_s, _PAUSE_S))
             self._look()
-        self.exposed_s += time.monotonic() - began
+            newest = self._newest_from
+        waited_s = time.monotonic() - began
+        self.exposed_s += waited_s
+        if came:
+            self.waited_for_s[newest] += waited_s
 
     def problems(self) -> dict[int, str]:
         """What is wrong with machines that are not connected, for people."""
@@ -246,11 +255,13 @@ class Post:
                 self._returned.discard(source)
                 self._lost -= {source}
             self._inbox.put(source, message)
+            self._newest_from = source
             self._arrived.notify_all()
 
     def _on_lost(self, rank: int) -> None:
         with self._arrived:
             self._lost |= {rank}
+            self._newest_from = rank
             self._returned.discard(rank)
             self._arrived.notify_all()
 
