@@ -17,7 +17,7 @@ from thinwire.dist.world import World
 if TYPE_CHECKING:
     from thinwire.dist.config import RunConfig
 
-_NEAR = "node"
+NEAR = "node"
 
 
 class BalanceRunSettings(BalanceSettings):
@@ -132,7 +132,7 @@ class RunBalance:
 
 def _near_ranks(settings: BalanceRunSettings, mesh: Mesh) -> Sequence[Sequence[int]]:
     """The groups of the level that `within` names."""
-    name = settings.within or _NEAR
+    name = settings.within or NEAR
     try:
         return [sorted(group) for group in mesh.groups(name)]
     except ValueError as error:

@@ -142,8 +142,8 @@ def _rounds(
 ) -> Iterator[Exchange]:
     if isinstance(algorithm, ModestMachine):
         assert isinstance(settings.algorithm, ModestSettings)
-        sent = algorithm.expected_bytes()
-        levels = seat.by_level({peer: round(count) for peer, count in sent.items()})
+        expected = algorithm.expected_bytes()
+        levels = seat.by_level({peer: round(count) for peer, count in expected.items()})
         messages = round(algorithm.expected_messages())
         yield Exchange(
             "gossip/sample", levels, messages, dict.fromkeys(levels, 4), "step", (),
@@ -159,12 +159,13 @@ def _rounds(
         if given := {peer: count for peer, count in sent.items() if count}:
             alike[tuple(sorted(seat.by_level(given).items())), len(given)] += 1
     coding = _coding(settings, algorithm, replica)
-    for (levels, messages), count in alike.items():
+    for (by_level, messages), count in alike.items():
+        levels = dict(by_level)
         yield Exchange(
             "gossip",
-            dict(levels),
+            levels,
             messages,
-            dict.fromkeys(dict(levels), 1),
+            dict.fromkeys(levels, 1),
             _when(settings),
             per_step=count * share,
             coding=tuple(Coding(label, replica.numel, messages * replica.numel) for label in coding),

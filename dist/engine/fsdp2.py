@@ -69,7 +69,7 @@ class FSDP2Engine:
     ) -> None:
         self._groups = group_names(model, plan.groups)
         _rebuild_forward(find_blocks(model), settings)
-        with _paths_of_the_run():
+        with paths_of_the_run():
             self._partitioned: PartitionedOptimizer = enter(
                 model,
                 world.mesh,
@@ -163,7 +163,7 @@ def _rebuild_forward(blocks: list[nn.Module], settings: FSDP2Settings) -> None:
 
 
 @contextmanager
-def _paths_of_the_run() -> Iterator[None]:
+def paths_of_the_run() -> Iterator[None]:
     """In a configuration the arguments of partition() stand under `method`: its errors must name them so."""
     try:
         yield
