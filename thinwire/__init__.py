@@ -58,6 +58,10 @@ if TYPE_CHECKING:
     from thinwire.comm.onebyte.optimizer import OneByteSPSA as OneByteSPSA
     from thinwire.comm.partition.deepspeed_comm import deepspeed_comm as deepspeed_comm
     from thinwire.comm.partition.door import partition as partition
+    from thinwire.dist.adapters.accelerate import for_accelerate as for_accelerate
+    from thinwire.dist.adapters.fabric import for_fabric as for_fabric
+    from thinwire.dist.adapters.hf_trainer import for_hf_trainer as for_hf_trainer
+    from thinwire.dist.adapters.lightning import for_lightning as for_lightning
     from thinwire.launch.join import init as init
 
 # Name -> module that defines it (and its name there, if that is another). Nothing here imports torch until it is used.
@@ -109,6 +113,10 @@ _PUBLIC = {
     "compress": "thinwire.comm.compress.door",
     "deepspeed_comm": "thinwire.comm.partition.deepspeed_comm",
     "elastic": "thinwire.comm.onebyte.membership.door",
+    "for_accelerate": "thinwire.dist.adapters.accelerate",
+    "for_fabric": "thinwire.dist.adapters.fabric",
+    "for_hf_trainer": "thinwire.dist.adapters.hf_trainer",
+    "for_lightning": "thinwire.dist.adapters.lightning",
     "gossip": "thinwire.comm.gossip.door",
     "init": "thinwire.launch.join",
     "local_sgd": "thinwire.comm.local_sgd.door",

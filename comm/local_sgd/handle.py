@@ -60,6 +60,16 @@ class LocalSGD:
         self._memory_norms: dict[str, float] | None = {}
         self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())
 
+    @property
+    def every(self) -> int:
+        """Optimizer steps of a round."""
+        return self._every
+
+    @property
+    def is_between_rounds(self) -> bool:
+        """Whether all ranks hold theta: no step has been taken since the last exchange."""
+        return self._step_of_round == 0
+
     @contextlib.contextmanager
     def agreed(self) -> Iterator[None]:
         """Within this context the model holds theta, which is the same on every rank; afterwards its own weights."""
