@@ -1,7 +1,8 @@
-# Two commands need nothing but Python 3.10 or newer and make:
+# These need nothing but Python 3.10 or newer and make:
 #   make demo   trains a GPT on four emulated hosts joined by slow links, and draws what that cost
 #   make test   checks style and types, and runs all tests
-# Both create .venv on first use, with every package at the version in constraints.txt.
+#   make bench  measures what README.md claims, in an hour; make bench-quick a part of it, in five minutes
+# They create .venv on first use, with every package at the version in constraints.txt.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,13 +10,19 @@ BIN := .venv/bin
 MPICH_BIN := .venv-mpich/bin
 PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench bench-quick clean
 
 demo: .venv/installed
 	$(BIN)/thinwire demo
 
 test: check .venv-mpich/installed
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/run_all.py
+
+bench-quick: .venv/installed
+	$(BIN)/python benchmarks/run_all.py --quick
 
 check: .venv/installed
 	$(BIN)/ruff check .

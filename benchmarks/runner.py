@@ -75,8 +75,18 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
     return described
 
 
-def report(claim: str, rows: Sequence[Row], *, device: torch.device, path: Path | None) -> None:
-    """Print the claim, the machine and a table of the rows, which have equal keys; write the same to `path` as JSON."""
+def report(
+    claim: str,
+    rows: Sequence[Row],
+    *,
+    device: torch.device,
+    path: Path | None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Print the claim, the machine and a table of the rows, which have equal keys; write the same to `path` as JSON.
+
+    extra: what else the JSON has, such as what has failed.
+    """
     described = machine(device)
     print(f"{claim}\n{', '.join(f'{name} {value}' for name, value in described.items())}\n")
     cells = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
@@ -87,6 +97,7 @@ def report(claim: str, rows: Sequence[Row], *, device: torch.device, path: Path 
         content = {
             "claim": claim,
             "machine": described,
+            **(extra or {}),
             "rows": [{name: _rounded(value) for name, value in row.items()} for row in rows],
         }
         path.write_text(json.dumps(content, indent=2) + "\n")

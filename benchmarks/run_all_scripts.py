@@ -1,0 +1,105 @@
+"""Which benchmarks there are, and with which arguments `make bench` and `make bench-quick` run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Script:
+    """One benchmark.
+
+    arguments: of `make bench`. limit_s: seconds after which it is stopped there.
+    quick: of `make bench-quick`; None = not a part of it. plots: whether it takes --plot.
+    """
+
+    name: str
+    arguments: tuple[str, ...]
+    limit_s: float
+    quick: tuple[str, ...] | None = None
+    quick_limit_s: float = 0.0
+    plots: bool = False
+
+
+ONE_THREAD = ("--threads", "1", "--repeats", "5")
+ONE_THREAD_QUICK = ("--threads", "1", "--repeats", "2")
+SCRIPTS = (
+    # The headline, and the system as a whole. The losses are those that the repository has.
+    Script(
+        "time_to_loss",
+        ("--afresh", "--rates", "1gbit", "100mbit", "30mbit", "--timed", "3"),
+        800,
+        ("--afresh", "--rates", "100mbit", "--timed", "3", "--only", "low rank 16", "PowerSGD"),
+        90,
+        plots=True,
+    ),
+    Script(
+        "scaling", ("--afresh", "--timed", "4", "--hosts", "1", "2", "4", "--only", "fp32", "low rank"), 240, plots=True
+    ),
+    Script("plan_accuracy", ("--rates", "100mbit", "--ranks-per-host", "1", "--only", "int8", "rank"), 240, plots=True),
+    Script("plan_recommendation", (), 45, plots=True),
+    Script("two_shot", ("--repeats", "3"), 60),
+    Script("queue_overhead", ("--repeats", "7"), 45),
+    Script("lab_accuracy", ("--repeats", "2"), 45, ("--repeats", "1"), 45),
+    Script("fault_detection", (), 60),
+    # Compression.
+    Script("payload_bytes", ("--steps", "10"), 60),
+    Script("quantised_allreduce_error", (), 30, (), 30),
+    Script("ef21_w", ("--workers", "200"), 45),
+    Script("encode_speed", ONE_THREAD, 60),
+    # Gossip.
+    Script("gossip_faults", ("--rounds", "20"), 45),
+    Script("gossip_graphs", ("--trials", "2"), 60),
+    Script("gossip_acid", ("--machines", "16", "--seeds", "1"), 45, ("--machines", "16", "--seeds", "1"), 30),
+    Script("gossip_bytes", (), 60),
+    Script("gossip_single_merge", ("--seeds", "1", "--only", "mixture-16"), 60, plots=True),
+    Script(
+        "gossip_straggler",
+        ("--hosts", "4", "--steps", "8", "--gossip-steps", "30", "--timed", "2", "--only", "ad_psgd"),
+        120,
+        plots=True,
+    ),
+    Script("gossip_mix", ONE_THREAD, 20, ONE_THREAD_QUICK, 15),
+    # Sharding.
+    Script("partition_bytes", ("--hosts", "2", "--micro-batches", "1", "--only", "thinwire"), 60, plots=True),
+    Script("partition_difference", ("--steps", "100"), 60, plots=True),
+    Script("partition_frontier", (), 45, plots=True),
+    Script("partition_memory", ("--triples", "rank,rank,world", "node,node,world"), 90, plots=True),
+    Script("partition_throughput", ("--rates", "100mbit", "--timed", "2"), 150, plots=True),
+    # Mixtures of experts.
+    Script("balance_overhead", ("--gradients", "none", "--rounds", "4", "--seldom", "2"), 60, plots=True),
+    Script("balance_specialisation", ("--ways", "micro", "global", "--seeds", "0", "--steps", "40"), 60, plots=True),
+    # One byte.
+    Script("onebyte_convergence", ("--rounds", "300", "--seeds", "1"), 45),
+    Script("onebyte_faults", ("--calm", "5"), 90),
+    Script("onebyte_finetune", ("--only", "gpt", "--share", "0.05"), 75, plots=True),
+    Script("onebyte_replay", ("--rounds", "1000", "--stepped", "50", "--seeds", "3"), 45),
+    Script("onebyte_scale", ("--rounds", "200"), 45),
+    Script("onebyte_step", ("--repeats", "3"), 60),
+    # Kernels.
+    Script("cast_reduce", ONE_THREAD, 20, ONE_THREAD_QUICK, 15),
+    Script("quantize", ONE_THREAD, 30),
+    Script("block_payload", (*ONE_THREAD, "--numel", "4194304"), 30),
+    Script("lattice_add", (*ONE_THREAD, "--elements", "4194304"), 30),
+    Script("router", ONE_THREAD, 30, ONE_THREAD_QUICK, 30),
+)
+
+PARTS = {
+    "balance_overhead_host": "a rank of balance_overhead.py",
+    "balance_overhead_ways": "part of balance_overhead.py",
+    "balance_specialisation_plot": "part of balance_specialisation.py",
+    "balance_specialisation_run": "part of balance_specialisation.py",
+    "gossip_straggler_host": "a rank of gossip_straggler.py",
+    "gossip_tasks": "what the machines of gossip's benchmarks learn",
+    "lab_phases": "part of lab_runs.py",
+    "lab_runs": "runs that several benchmarks compare",
+    "partition_host": "a rank of the benchmarks of partition",
+    "partition_lab": "part of the benchmarks of partition",
+    "run_all": "runs the others",
+    "run_all_scripts": "part of run_all.py",
+    "runner": "part of all",
+    "stdlib_texts": "texts of onebyte_finetune.py",
+    "time_to_loss_plot": "part of time_to_loss.py",
+    "time_to_loss_ways": "part of time_to_loss.py",
+}
+"""Files that are no benchmark by themselves, and what they are for."""

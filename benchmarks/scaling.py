@@ -1,0 +1,157 @@
+"""Claim: more hosts on thin links train faster with thinwire where DDP stands still, and the plan says so in advance.
+
+    python benchmarks/scaling.py [--hosts 1 2 4 8] [--rate 100mbit] [--json FILE] [--plot FILE]
+
+Times steps of the GPT of configs/demo.yaml on so many emulated hosts: weak, with 4 sequences per host, and strong, with
+16 in all. The hosts share this machine's processors, so the ideal is not one host's step: it is that of as many hosts
+that train models of their own and send nothing. Efficiency = the ideal's seconds per step / the way's. `predicted` is
+what dist/plan says, given the ideal's seconds, the links and this machine's cores; codecs count as free there.
+
+Runs are kept in --keep: a run that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lab_runs import CONFIGS, LabRuns, Machine, Outcome, Way
+from runner import Row, arguments, report
+
+from thinwire.comm.units import format_rate, parse_rate
+from thinwire.dist.config import RunConfig, load_config
+from thinwire.dist.plan.cluster import Cluster, ComputeSpeed, Device, LinkLevel, Measured
+from thinwire.dist.plan.prediction import compute_digest, predict, subject_of
+
+PER_HOST, IN_ALL = 4, 16
+STEPS = 60
+EVERY = 5
+TCP_SHARE = 0.947  # of the rate: 1448 bytes of 1514, and acknowledgements
+LATENCY_S = 200e-6  # of a small message between two processes that share processors
+ALONE = Way("alone", peer="alone")
+WAYS = (
+    Way("all-reduce fp32", ("method.dtype=fp32",)),
+    Way("low rank 16", ("method={kind: compress, compressor: {kind: lowrank, rank: 16, dtype: bf16}, clip: after}",)),
+    Way(
+        f"SparseLoCo, every {EVERY}",
+        (
+            f"method={{kind: local_sgd, every: {EVERY}, outer: {{kind: sgd, lr: 1.0}}, feedback: {{kind: ef, decay: "
+            "0.95}, compressor: {kind: topk, k: 64, chunk: 4096, values: 2bit}, collective: contributor_mean}",
+        ),
+        period=EVERY,
+    ),
+)
+
+
+def main() -> None:
+    parser = arguments(str(__doc__).splitlines()[0])
+    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--rate", default="100mbit", help="link of each host")
+    parser.add_argument("--timed", type=int, default=6, help="steps to time; fewer where they are long")
+    parser.add_argument("--only", nargs="*", help="ways whose label contains one of these")
+    parser.add_argument("--keep", type=Path, metavar="FILE", default=Path("build/benchmarks/scaling_runs.json"))
+    parser.add_argument("--afresh", action="store_true", help="time all steps again, and leave that file as it is")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw efficiency against hosts there")
+    options = parser.parse_args()
+    rate_bps = parse_rate(options.rate)
+    ways = [way for way in WAYS if not options.only or any(part in way.label for part in options.only)]
+    runs = LabRuns(options.keep, timed_steps=options.timed, afresh=options.afresh)
+    rows: list[Row] = []
+    for hosts in options.hosts:
+        for scaling, batch in (("weak", PER_HOST * hosts), ("strong", IN_ALL)):
+            ideal = timed(runs, ALONE, hosts, batch, rate_bps)
+            rows += [row(runs, way, scaling, hosts, batch, rate_bps, ideal) for way in ways]
+        report(str(__doc__).splitlines()[0], rows, device=torch.device("cpu"), path=options.json)
+    if options.plot:
+        draw(rows, options.hosts, options.rate, options.plot)
+
+
+def timed(runs: LabRuns, way: Way, hosts: int, batch: int, rate_bps: float) -> float:
+    """Seconds per step. Raises SystemExit where a run fails."""
+    sized = Way(**{**vars(way), "overrides": (*way.overrides, f"train.global_batch={batch}")})
+    outcome: Outcome = runs.get(sized, Machine(hosts=hosts), STEPS, [rate_bps])
+    if outcome.error:
+        raise SystemExit(f"{way.label} on {hosts} hosts: {outcome.error}")
+    return outcome.timings[rate_bps].seconds
+
+
+def row(runs: LabRuns, way: Way, scaling: str, hosts: int, batch: int, rate_bps: float, ideal_s: float) -> Row:
+    # One host sends nothing, whatever the way.
+    step_s = timed(runs, way, hosts, batch, rate_bps) if hosts > 1 else ideal_s
+    predicted_s = predicted(way, hosts, batch, rate_bps, ideal_s) if hosts > 1 else ideal_s
+    return {
+        "scaling": scaling,
+        "hosts": hosts,
+        "link": format_rate(rate_bps),
+        "way": way.label,
+        "ideal s": ideal_s,
+        "s per step": step_s,
+        "predicted s": predicted_s,
+        "efficiency": ideal_s / step_s,
+        "predicted": ideal_s / predicted_s,
+        "sequences/s": batch / step_s,
+    }
+
+
+def predicted(way: Way, hosts: int, batch: int, rate_bps: float, ideal_s: float) -> float:
+    """What the plan says, knowing what computing alone takes here."""
+    config = load_config(CONFIGS / way.config, [f"train.global_batch={batch}", "world.threads=1", *way.overrides])
+    return predict(config, emulated(config, hosts, rate_bps, ideal_s)).time.step_s
+
+
+def emulated(config: RunConfig, hosts: int, rate_bps: float, ideal_s: float) -> Cluster:
+    """The lab as a cluster. A step's seconds are shared out by the operations of its passes."""
+    micro_batch, _ = config.train.share(hosts)
+    trace = subject_of(config, hosts).trace
+    forward = trace.forward_flops / (trace.forward_flops + trace.backward_flops)
+    compute = ComputeSpeed(
+        config=compute_digest(config, micro_batch),
+        micro_batch=micro_batch,
+        forward_s=forward * ideal_s,
+        backward_s=(1 - forward) * ideal_s,
+        optimizer_s=0.0,
+    )
+    cores = (os.cpu_count() or 1) / hosts
+    names = tuple(f"host{rank}" for rank in range(hosts))
+    return Cluster(
+        levels=(LinkLevel(name="world", size=hosts, link_bps=TCP_SHARE * rate_bps, latency_s=LATENCY_S),),
+        device=Device(memory_bytes=4e9, peak_flops=1e11),
+        measured=Measured(hosts=names, cores_per_rank=cores, computes=(compute,)),
+    )
+
+
+def draw(rows: Sequence[Row], hosts: Sequence[int], rate: str, path: Path) -> None:
+    """Efficiency against hosts; dotted what was predicted."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), dpi=120, layout="constrained", sharey=True)
+    for axes, scaling in zip(panels, ("weak", "strong"), strict=True):
+        axes.axhline(1.0, color="0.6", linewidth=1)
+        for way in dict.fromkeys(str(row["way"]) for row in rows):
+            mine: list[dict[str, Any]] = [dict(r) for r in rows if r["way"] == way and r["scaling"] == scaling]
+            places = [row["hosts"] for row in mine]
+            (line,) = axes.plot(places, [row["efficiency"] for row in mine], "o-", linewidth=2, label=way)
+            axes.plot(places, [row["predicted"] for row in mine], ":", color=line.get_color(), linewidth=1.5)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(hosts), [str(count) for count in hosts])
+        axes.set_xlabel("hosts")
+        axes.set_title(
+            f"weak: {PER_HOST} sequences per host" if scaling == "weak" else f"strong: {IN_ALL} sequences in all"
+        )
+        axes.grid(alpha=0.3)
+    panels[0].set_ylim(0, 1.1)
+    panels[0].set_ylabel(f"efficiency at {rate} (dotted: predicted)")
+    panels[0].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
