@@ -96,7 +96,10 @@ class AllReduce:
         for pending, future, buffer in submitted:
             pending.wait()
             future.set_result(buffer)
-        self._layout = [buffer.numel() for _, _, buffer in submitted]
+        layout = [buffer.numel() for _, _, buffer in submitted]
+        if max(layout) < max(self._layout):  # the first step has one bucket of all, whose scratch would stay for good
+            self._mean = TwoShotMean(self._mean.wire_dtype)
+        self._layout = layout
 
 
 def allreduce(
@@ -147,7 +150,7 @@ def forecast_allreduce(settings: AllReduceSettings, buckets: Sequence[Sequence[P
     mean = TwoShotMean(WIRE_DTYPES[settings.dtype])
     exchanges = []
     for index, bucket in enumerate(buckets):
-        sent = seat.by_level(mean.sent_bytes(sum(p.numel for p in bucket), seat.rank, seat.size))
+        sent = seat.by_level(mean.sent_bytes(_numel(bucket), seat.rank, seat.size))
         exchanges.append(
             Exchange(
                 f"allreduce/bucket{index}",
@@ -158,11 +161,20 @@ def forecast_allreduce(settings: AllReduceSettings, buckets: Sequence[Sequence[P
                 needs=tuple(p.name for p in bucket),
             )
         )
-    return Forecast(tuple(exchanges))
+    buffers = [mean.scratch_bytes(_numel(b), seat.rank, seat.size, cast=_is_cast(b, mean)) for b in buckets]
+    return Forecast(tuple(exchanges), {"buffers": max(buffers, default=0)})
 
 
 def _hook(state: AllReduce, bucket: GradBucket) -> Future[Tensor]:
     return state._submit(bucket)
+
+
+def _numel(bucket: Sequence[Parameter]) -> int:
+    return sum(p.numel for p in bucket)
+
+
+def _is_cast(bucket: Sequence[Parameter], mean: TwoShotMean) -> bool:
+    return any(p.dtype != mean.wire_dtype for p in bucket)
 
 
 def _check(model: DistributedDataParallel, dtype: str) -> None:

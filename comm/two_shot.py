@@ -61,6 +61,15 @@ class TwoShotMean:
         splits = split_evenly(numel, size)
         return {r: (splits[r] + splits[rank]) * self.wire_dtype.itemsize for r in range(size) if r != rank}
 
+    def scratch_bytes(self, numel: int, rank: int, size: int, *, cast: bool) -> int:
+        """What is kept from call to call for tensors of up to `numel` elements.
+
+        Args:
+            cast: whether they come in another dtype than the wire's.
+        """
+        own = split_evenly(numel, size)[rank]
+        return (size * own + own + cast * numel) * self.wire_dtype.itemsize
+
     def _in_rounds(self, payload: Tensor, channel: Channel) -> bool:
         return is_worth_rounds(payload.numel() // channel.size * self.wire_dtype.itemsize)
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from thinwire.comm.allreduce import AllReduceSettings, allreduce
 from thinwire.comm.compress.door import enter as enter_compress
 from thinwire.comm.compress.settings import CompressSettings
+from thinwire.comm.forecast import Seat
 from thinwire.comm.local_sgd.door import LocalSGDSettings
 from thinwire.comm.local_sgd.door import enter as enter_local_sgd
 from thinwire.comm.method import Method
@@ -90,7 +91,7 @@ def attach(
             return enter_compress(
                 model,
                 settings,
-                inner=_groups(world.mesh, settings.exact_within),
+                inner=exact_groups(settings.exact_within, world.mesh),
                 clip_norm=clip_norm if settings.clip == "before" else 0.0,
                 optimizer=optimizer,
                 queue=world.queue,
@@ -107,17 +108,22 @@ def attach(
             )
 
 
-def _groups(mesh: Mesh, level: str | None) -> Sequence[Sequence[int]] | None:
-    """The groups of a level, for method.exact_within; None where each rank is a group of its own."""
+def exact_groups(level: str | None, machine: Mesh | Seat) -> Sequence[Sequence[int]] | None:
+    """The groups of a level, for method.exact_within; None where each rank is a group of its own.
+
+    Raises:
+        ValueError: there is no such level, or it holds all ranks.
+    """
     if level is None:
         return None
     try:
-        size = mesh.level(level).size
+        groups = machine.groups(level)
     except ValueError as error:
         raise ValueError(f"method.exact_within: {error}; name one of them, or give null") from None
-    if size == mesh.world_size > 1:
+    size = len(groups[0])
+    if len(groups) == 1 and size > 1:
         raise ValueError(
             f"method.exact_within: {level} holds all {size} ranks, so nothing would be compressed; name a faster "
             "level, give null, or method: {kind: allreduce}"
         )
-    return mesh.groups(level) if size > 1 else None
+    return groups if size > 1 else None

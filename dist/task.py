@@ -98,7 +98,7 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
         windows = reader(config.data, context=config.model.context, seed=config.seed)
         model = build_model(config.model, tokenizer_vocab=windows.tokenizer.vocab, seed=config.seed, device=device)
         task = Task(model, model, windows)
-    _choose_parameters(task.network, config.train.parameters)
+    choose_parameters(task.network, config.train.parameters)
     return task
 
 
@@ -149,7 +149,7 @@ def computing(precision: Literal["fp32", "bf16"], device: torch.device) -> Abstr
     return nullcontext() if precision == "fp32" else torch.autocast(device.type, dtype=torch.bfloat16)
 
 
-def _choose_parameters(network: nn.Module, patterns: Sequence[str]) -> None:
+def choose_parameters(network: nn.Module, patterns: Sequence[str]) -> None:
     """Leave requires_grad to the parameters that a pattern names."""
     named = dict(network.named_parameters())
     chosen: set[str] = set()

@@ -1,7 +1,7 @@
 """The door of DistributedDataParallel: a communication hook that overlaps the exchange with backward."""
 
 # No `from __future__ import annotations` here: DDP reads the hook's annotations and refuses strings.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +40,7 @@ class CompressedDDP(CompressedExchange):
         parameters = {name: p for name, p in model.module.named_parameters() if p.requires_grad}
         self._names = {id(p): name for name, p in parameters.items()}
         shapes = {name: p.shape for name, p in parameters.items()}
-        # Backward comes upon the last parameters first. Small ones share one exchange at the end, which in every group
-        # would cost two latencies for a few bytes.
-        order = sorted(reversed(list(shapes)), key=lambda name: shapes[name].numel() < settings.dense_below)
-        self._groups = in_groups({name: shapes[name] for name in order}, model.bucket_bytes_cap)
+        self._groups = ddp_groups(shapes, settings.dense_below, model.bucket_bytes_cap)
         self._group_of = {name: i for i, group in enumerate(self._groups) for name in group}
         super().__init__(
             settings,
@@ -97,6 +94,20 @@ class CompressedDDP(CompressedExchange):
         for future, buffer in self._open:
             future.set_result(buffer)
         self._open = []
+
+
+def ddp_groups(shapes: Mapping[str, torch.Size], dense_below: int, group_bytes: int) -> list[list[str]]:
+    """Names in the groups in which CompressedDDP exchanges them.
+
+    Backward comes upon the last parameters first. Small ones share one exchange at the end, which in every group would
+    cost two latencies for a few bytes.
+
+    Args:
+        shapes: by name, in the model's order.
+        dense_below: elements; group_bytes: of fp32, in each.
+    """
+    order = sorted(reversed(list(shapes)), key=lambda name: shapes[name].numel() < dense_below)
+    return in_groups({name: shapes[name] for name in order}, group_bytes)
 
 
 def _hook(state: CompressedDDP, bucket: GradBucket) -> Future[Tensor]:

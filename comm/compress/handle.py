@@ -23,7 +23,7 @@ from thinwire.comm.compress.routes import describe_routes, routes_from_plain, ro
 from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.queue import CommQueue, Pending
 
-_NORM_BYTES = 8
+NORM_BYTES = 8
 _log = logging.getLogger("thinwire")
 
 
@@ -77,7 +77,7 @@ class CompressedExchange(ABC):
         if isinstance(settings.compressor, Auto):
             self._chooser = Chooser(settings.compressor, self._pipeline.build, seed=settings.seed)
         self._watched: dict[str, Tensor] = {}  # the tensors of the present step, for the chooser
-        self._sent_together = [list(shapes)] if self._pipeline.takes_all_at_once else [list(group) for group in groups]
+        self._sent_together = self._pipeline.exchanged_together(groups)
 
     @property
     def sends_at_the_end(self) -> bool:
@@ -123,11 +123,13 @@ class CompressedExchange(ABC):
         """
         levels: dict[str, int] = defaultdict(int)
         for peer, count in self._pipeline.sent_bytes(self._sent_together, self._queue.rank, self._queue.size).items():
-            levels[self._queue.meter.level_of(self._queue.peers[peer])] += count + bool(self.clip_norm) * _NORM_BYTES
+            levels[self._queue.meter.level_of(self._queue.peers[peer])] += count + bool(self.clip_norm) * NORM_BYTES
         return dict(levels)
 
     def metrics(self) -> dict[str, float]:
         """Groups sent; bytes of the last step, and bits per element to each other rank; steps rolled back; norms.
+
+        In some steps, `compression_error`; see ContributionError.
 
         The norms are those of what is remembered, and, if it is clipped, of the gradient before.
         """
@@ -139,6 +141,7 @@ class CompressedExchange(ABC):
             "bits_per_element": 8.0 * payload_bytes / max(1, elements * (self._queue.size - 1)),
             "skipped_steps": float(self._pipeline.skipped),
             **self._pipeline.feedback.metrics(),
+            **self._pipeline.error.metrics(),
         }
         return {**found, "gradient_norm": self._gradient_norm} if self.clip_norm else found
 

@@ -52,8 +52,11 @@ class Joined:
 
     def sent_bytes(self, shapes: Mapping[str, Sequence[int]], rank: int, size: int) -> dict[int, int]:
         """As in Collective."""
-        numel = sum(torch.Size(shape).numel() for shape in shapes.values())
-        return self.inner.sent_bytes({_ONE: (numel,)}, rank, size)
+        return self.inner.sent_bytes(self.joined(shapes), rank, size)
+
+    def joined(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, torch.Size]:
+        """The one tensor that the inner collective is given."""
+        return {_ONE: torch.Size([sum(torch.Size(shape).numel() for shape in shapes.values())])}
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()

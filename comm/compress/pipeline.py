@@ -13,8 +13,10 @@ from thinwire.comm.compress.collective import Collective, Job
 from thinwire.comm.compress.collectives.contribution import are_finite
 from thinwire.comm.compress.collectives.flat import copy_back, joined
 from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.contribution_error import ContributionError
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.compress.feedback import Feedback
+from thinwire.comm.compress.lane import Lane
 from thinwire.comm.compress.routes import Route, is_global
 from thinwire.comm.two_shot import TwoShotMean
 
@@ -36,7 +38,7 @@ class Pipeline:
         seed: of all that is drawn at random.
         start_step: this many first steps are sent dense.
 
-    Attributes: steps, the finished ones; skipped, those of them that were rolled back.
+    Attributes: steps, the finished ones; skipped, those of them that were rolled back; error, what is not sent.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Pipeline:
         self.shapes = shapes
         self.feedback = feedback
         self.build = build
+        self.error = ContributionError()
         self.steps = 0
         self.skipped = 0
         self._seed = seed
@@ -77,6 +80,7 @@ class Pipeline:
         """
         self._step, self._scale = self.steps, scale
         self.feedback.begin_step(self._step, scale)
+        self.error.begin_step(self._step)
         for final, (present, _) in self._collectives.items():
             if (wanted := self._with_density(final)) != present:
                 self._collectives[final] = wanted, self.build(wanted)
@@ -125,16 +129,26 @@ class Pipeline:
         """Payload bytes that `rank` sends in a step with these groups, by receiver: of the last step, or expected."""
         total = dict.fromkeys((r for r in range(size) if r != rank), 0)
         for group in groups:
-            for compressor, names in self._lanes(group).items():
-                shapes = {name: self.shapes[name] for name in names}
-                if compressor is None:
-                    numel = sum(shape.numel() for shape in shapes.values())
-                    sent = self._dense.sent_bytes(numel, rank, size)
-                else:
-                    sent = self._collectives[compressor][1].sent_bytes(shapes, rank, size)
-                for r, count in sent.items():
+            for lane in self.lanes(group):
+                for r, count in lane.sent_bytes(rank, size).items():
                     total[r] += count
         return total
+
+    def lanes(self, group: Iterable[str]) -> list[Lane]:
+        """The calls that exchange a group in the present step, one after another."""
+        return [
+            Lane({name: self.shapes[name] for name in names}, self._collectives[c][1] if c is not None else self._dense)
+            for c, names in self._lanes(group).items()
+        ]
+
+    def exchanged_together(self, groups: Iterable[Sequence[str]]) -> list[list[str]]:
+        """The groups of names that are sent: those given, unless the entries of all tensors compete with each other."""
+        return [list(self.shapes)] if self.takes_all_at_once else [list(group) for group in groups]
+
+    def remembered(self) -> list[str]:
+        """Names of the tensors that the feedback keeps something for."""
+        everything = self._feedback_sees_dense
+        return [name for name, route in self.routes.items() if everything or route.compressor is not None]
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next steps depend on."""
@@ -239,9 +253,13 @@ class Pipeline:
             memories=memories or None,
             weights=self.feedback.weights(channel.size),
         )
+        takes_part = job.weights is None or bool(job.weights[channel.rank])
+        kept = self.error.before(inputs, job.memories) if takes_part else ()
         sent = collective.mean(channel, job)
         if sent is None:
             return False
+        if takes_part:
+            self.error.after(kept, job.memories, sent)
         for i, (name, x) in enumerate(zip(names, tensors, strict=True)):
             self.feedback.after(name, None if memories else sent[i], x)
         return True

@@ -26,6 +26,7 @@ class RoundExchange(CompressedExchange):
         self, settings: CompressSettings, shapes: Mapping[str, torch.Size], queue: CommQueue, group_bytes: int
     ) -> None:
         super().__init__(settings, shapes, queue, groups=in_groups(shapes, group_bytes), operation="local_sgd")
+        self._pipeline.error.every = 1  # a round is rare enough
 
     def mean(self, values: Mapping[str, Tensor]) -> bool:
         """values <- 1/n sum_r C(values_r), in place; False, and nothing is remembered, if any is not finite."""

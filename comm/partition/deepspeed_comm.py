@@ -27,6 +27,7 @@ from thinwire.comm.queue import CommQueue, Pending, open_queue
 
 OPERATION = "deepspeed"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EXACT_BELOW = 1024  # elements: smaller tensors, such as norms, travel in their own dtype
 _KEYS_PER_CALL = 64  # one for each level, and more than any machine has levels
 
 
@@ -247,7 +248,7 @@ def deepspeed_comm(
     default: Any = "same",
     gather: Any = "same",
     queue: CommQueue | None = None,
-    exact_below: int = 1024,
+    exact_below: int = EXACT_BELOW,
     seed: int = 0,
     timeout_s: float = 60.0,
 ) -> DeepSpeedComm:
@@ -289,7 +290,7 @@ def deepspeed_comm(
     from deepspeed.runtime.zero import stage3
 
     levels = levels_of(mesh, rank=dist.get_rank(), world_size=dist.get_world_size())
-    wires = _gradient_wires(gradients or {}, default, levels)
+    wires = gradient_wires(gradients or {}, default, levels)
     gather_wire = build_gather_wire(_checked("gather", GatherWireSettings, gather))
     if exact_below < 0 or not 0 <= seed < 1 << 31:
         raise ValueError(f"exact_below: {exact_below} and seed: {seed} must not be negative, and seed below 2^31")
@@ -331,7 +332,7 @@ def _deepspeed_module() -> Any:
     return module
 
 
-def _gradient_wires(given: Mapping[str, Any], default: Any, levels: Levels) -> dict[str, Wire]:
+def gradient_wires(given: Mapping[str, Any], default: Any, levels: Levels) -> dict[str, Wire]:
     """The wires of levels that have one of their own; the others use the tensor's dtype."""
     checked = {name: _checked(f"gradients.{name}", GradientWireSettings, settings) for name, settings in given.items()}
     for name, settings in checked.items():

@@ -28,6 +28,11 @@ class DDPSettings(Settings):
     kind: Literal["ddp"] = "ddp"
     bucket_mb: float = Field(25.0, gt=0)
 
+    @property
+    def bucket_bytes(self) -> int:
+        """What DDP makes of it."""
+        return int(self.bucket_mb * 1e6)
+
 
 def wrap_ddp(model: nn.Module, settings: DDPSettings, group: ProcessGroup) -> DistributedDataParallel:
     """The model in DistributedDataParallel, without its first broadcast: preflight has proved the weights equal.

@@ -107,17 +107,24 @@ class Hierarchical:
 
     def sent_bytes(self, shapes: Mapping[str, Sequence[int]], rank: int, size: int) -> dict[int, int]:
         """As in Collective; as exact as that of the outer one."""
-        host, peers = self._places(rank, size)
-        index, numels = host.index(rank), [torch.Size(shape).numel() for shape in shapes.values()]
-        sent = dict.fromkeys((r for r in range(size) if r != rank), 0)
-        for r, count in self._inner.sent_bytes(sum(numels), index, self._local).items():
-            sent[host[r]] += count
-        names = list(shapes)
-        parts = {piece.name(names): (piece.stop - piece.start,) for piece in self._pieces(numels, index)}
-        if parts:
-            for r, count in self.outer.sent_bytes(parts, peers.index(rank), len(peers)).items():
+        inner, outer, peers = self.parts(shapes, rank, size)
+        sent = dict.fromkeys((r for r in range(size) if r != rank), 0) | inner
+        if outer:
+            for r, count in self.outer.sent_bytes(outer, peers.index(rank), len(peers)).items():
                 sent[peers[r]] += count
         return sent
+
+    def parts(
+        self, shapes: Mapping[str, Sequence[int]], rank: int, size: int
+    ) -> tuple[dict[int, int], dict[str, torch.Size], list[int]]:
+        """Bytes by receiver within the host; the shapes that go by the outer collective; and among which ranks."""
+        host, peers = self._places(rank, size)
+        index, numels = host.index(rank), [torch.Size(shape).numel() for shape in shapes.values()]
+        inner = self._inner.sent_bytes(sum(numels), index, self._local)
+        names = list(shapes)
+        pieces = self._pieces(numels, index)
+        outer = {piece.name(names): torch.Size([piece.stop - piece.start]) for piece in pieces}
+        return {host[r]: count for r, count in inner.items()}, outer, peers
 
     def state_dict(self) -> dict[str, Any]:
         """That of the outer collective."""

@@ -124,6 +124,16 @@ class LowRankMean:
                 total[r] += count
         return total
 
+    def means(self, shapes: Mapping[str, Sequence[int]]) -> int:
+        """How many averages of a call come one after another: whole tensors, the P, the Q."""
+        whole, batches = self._sort([torch.Size(shape) for shape in shapes.values()])
+        return bool(whole) + 2 * bool(batches)
+
+    def kept_bytes(self, shapes: Mapping[str, Sequence[int]], rank: int, size: int) -> int:
+        """Of the warm starts, in fp32."""
+        _, batches = self._sort([torch.Size(shape) for shape in shapes.values()])
+        return sum(4 * len(b.places) * b.columns * b.rank for b in batches) if self.settings.warm_start else 0
+
     def state_dict(self) -> dict[str, Any]:
         """The warm starts, the same on every rank: {"starts": {name: fp32 (columns, rank)}}."""
         return {"starts": {name: q.clone() for name, q in self._starts.items()}}

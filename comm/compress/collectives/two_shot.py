@@ -71,7 +71,7 @@ class TwoShot:
         weights = job.weights or [1.0] * size
         absent = self._absent[tuple(job.names)] = [weight == 0 for weight in weights]
         flat = joined(job.inputs)
-        splits = split_evenly(flat.numel(), size, self._unit)
+        splits = self.splits(flat.numel(), size)
         draws = [replace(job.draws[0], name=f"{job.names[0]}/slice{owner}") for owner in range(size)]
 
         next_flat, memories = _join_memories(job, splits)
@@ -121,7 +121,7 @@ class TwoShot:
     def sent_bytes(self, shapes: Mapping[str, Sequence[int]], rank: int, size: int) -> dict[int, int]:
         """As in Collective; exact before the first call unless this rank will be absent."""
         numel = sum(math.prod(shape) for shape in shapes.values())
-        splits = split_evenly(numel, size, self._unit)
+        splits = self.splits(numel, size)
         absent = self._absent.get(tuple(shapes), [])
         absent = absent if len(absent) == size else [False] * size
         mean_bytes = slot_bytes(self._length(splits[rank]))
@@ -130,6 +130,15 @@ class TwoShot:
             for owner in range(size)
             if owner != rank
         }
+
+    def splits(self, numel: int, size: int) -> list[int]:
+        """Elements of the slice that each rank owns."""
+        return split_evenly(numel, size, self._unit)
+
+    def kept_bytes(self, shapes: Mapping[str, Sequence[int]], rank: int, size: int) -> int:
+        """Of the errors of this rank's slice, in fp32."""
+        numel = sum(math.prod(shape) for shape in shapes.values())
+        return 0 if self._errors is None else 4 * self.splits(numel, size)[rank]
 
     def state_dict(self) -> dict[str, Any]:
         """The owner's errors: {"errors": {name: {offset: fp32 tensor}}}; empty without them."""

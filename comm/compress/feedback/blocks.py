@@ -89,6 +89,9 @@ class BlockPair(Buffered):
         blocks = {name: self._encode(total, name, None) for name, total in sums.items()}
         return {name: {"codes": codes, "scales": scales} for name, (codes, scales) in blocks.items()}
 
+    def kept_bytes(self, numel: int) -> int:
+        return 2 * (numel + 4 * -(-numel // _BLOCK))
+
     def norm(self) -> float:
         return norm(_decode(blocks) for blocks in self._now.values())
 

@@ -118,6 +118,10 @@ class Feedback(Protocol):
         """
         ...
 
+    def kept_bytes(self, numel: int) -> int:
+        """What is kept between steps of a parameter with so many elements."""
+        ...
+
     def metrics(self) -> dict[str, float]:
         """Norms of this rank's committed state over all parameters, and what else is worth logging: one pass."""
         ...

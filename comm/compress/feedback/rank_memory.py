@@ -94,6 +94,9 @@ class RankMemory(ABC):
             },
         }
 
+    def kept_bytes(self, numel: int) -> int:
+        return sum(store.kept_bytes(numel) for store in self._stores.values())
+
     def metrics(self) -> dict[str, float]:
         return {f"{label}_norm": store.norm() for label, store in self._stores.items()}
 

@@ -53,6 +53,10 @@ class Store(ABC):
         """The state whose values are sum_r weights[r] * states[r]; a name that a state lacks counts as zero there."""
 
     @abstractmethod
+    def kept_bytes(self, numel: int) -> int:
+        """What it holds between steps of a tensor with so many elements, from the second step on."""
+
+    @abstractmethod
     def norm(self) -> float:
         """Euclidean norm over all names."""
 
@@ -115,6 +119,9 @@ class Sum(Exact):
         super().__init__()
         self._staged: dict[str, tuple[Decoded, torch.Size]] = {}
 
+    def kept_bytes(self, numel: int) -> int:
+        return 4 * numel
+
     def stage(self, name: str, decoded: Decoded, like: Tensor) -> None:
         self._staged[name] = decoded, like.shape
 
@@ -137,6 +144,9 @@ class Pair(Exact, Buffered):
         super().__init__()
         self._spare: dict[str, Tensor] = {}
         self._sealed: set[str] = set()
+
+    def kept_bytes(self, numel: int) -> int:
+        return 2 * 4 * numel
 
     def next(self, name: str, like: Tensor) -> Tensor:
         if name not in self._spare:
