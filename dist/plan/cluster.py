@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from thinwire.comm.forecast import Seat, seat_of
 from thinwire.comm.settings import Settings
 from thinwire.comm.units import parse_delay, parse_rate
 from thinwire.dist.config_errors import ConfigError, explain
+from thinwire.dist.probe.records import CollectiveTime, PairTimes
 
 
 def _rate(value: Any) -> Any:
@@ -90,15 +92,21 @@ class Measured(Settings):
 
     hosts: a name for each rank's.
     cores_per_rank: processors that a rank has for itself; the ranks of an emulated cluster share some.
-    cpu_s_per_byte: of one rank's processor, for each byte that it sends and receives, copies and sums included.
+    cpu_s_per_byte: seconds of computing that a rank loses for each byte that it sends, and receives, meanwhile; copies
+      and sums included. 0 where a processor is free for that.
+    direction_s: of method onebyte: seconds per element of one direction more in a pass over the weights; null: unknown.
     codecs: by Coding.codec.
+    pairs, collectives: for people; a plan takes its figures from the levels.
     """
 
     hosts: tuple[str, ...]
     cores_per_rank: float = Field(gt=0)
     cpu_s_per_byte: float = Field(0.0, ge=0)
+    direction_s: float | None = Field(None, ge=0)
     codecs: dict[str, CodecSpeed] = Field(default_factory=dict)
     computes: tuple[ComputeSpeed, ...] = ()
+    pairs: PairTimes | None = None
+    collectives: tuple[CollectiveTime, ...] = ()
 
 
 class Cluster(Settings):
@@ -138,6 +146,10 @@ class Cluster(Settings):
         if self.measured and len(self.measured.hosts) != self.size:
             raise ValueError(
                 f"measured.hosts: {len(self.measured.hosts)} hosts for {self.size} ranks; a probe names one for each"
+            )
+        if self.measured and self.measured.pairs and len(self.measured.pairs.bps) != self.size:
+            raise ValueError(
+                f"measured.pairs: {len(self.measured.pairs.bps)} rows for {self.size} ranks; a probe has one for each"
             )
         return self
 
@@ -181,10 +193,12 @@ def load_cluster(path: Path) -> Cluster:
     """
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such file; give one of configs/clusters/*.yaml, or a probe's JSON")
+    is_json = path.suffix == ".json"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text) if is_json else yaml.safe_load(text)  # YAML 1.1 takes JSON's 1e-05 for a word
+    except (yaml.YAMLError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not valid {'JSON' if is_json else 'YAML'}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys and values, such as `levels: [...]`; found {data!r}")
     data.setdefault("name", path.stem)

@@ -1,0 +1,1 @@
+"""What the machines and their links can do, measured by the ranks of a job that trains nothing."""

@@ -1,0 +1,88 @@
+"""How fast this machine encodes and decodes, by every compressor, while all ranks do."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors import AnyCompressor
+from thinwire.comm.compress.compressors.block_quantized import Int4, Int8, Ternary
+from thinwire.comm.compress.compressors.dense import BF16, FP16, Dense
+from thinwire.comm.compress.compressors.low_rank import LowRank
+from thinwire.comm.compress.compressors.natural import Natural
+from thinwire.comm.compress.compressors.rand_k import RandK
+from thinwire.comm.compress.compressors.sign import Sign
+from thinwire.comm.compress.compressors.ternary_cluster import TernaryCluster
+from thinwire.comm.compress.compressors.threshold import Threshold
+from thinwire.comm.compress.compressors.top_k import TopK
+from thinwire.comm.compress.decoded import add_to
+from thinwire.comm.compress.draw import Draw
+from thinwire.dist.plan.cluster import CodecSpeed
+from thinwire.dist.probe.clock import Lockstep, now
+
+_LARGE, _SMALL = 1 << 18, 1 << 12
+_COLUMNS = 256
+_REPEATS = 3
+
+EVERY: tuple[Compressor, ...] = (
+    Dense(),
+    BF16(),
+    FP16(),
+    Int8(),
+    Int4(),
+    Ternary(),
+    Sign(),
+    Natural(),
+    TopK(density=0.01, values="int8"),
+    TopK(k=64, chunk=4096, values="2bit"),
+    RandK(density=0.01),
+    Threshold(density=0.01),
+    LowRank(rank=4),
+    LowRank(rank=16, dtype="bf16"),
+    TernaryCluster(density=0.01),
+)
+"""One of each kind at least; two of those that methods use in two ways."""
+
+
+def compressor_of(codec: str) -> Compressor | None:
+    """The compressor that a Coding names; None where it is none that can be measured alone."""
+    try:
+        return TypeAdapter[Compressor](AnyCompressor).validate_json(codec)
+    except ValidationError:
+        return None
+
+
+def measure_codecs(lockstep: Lockstep, compressors: Iterable[Compressor]) -> list[CodecSpeed]:
+    """Seconds of the slowest rank; the median of three. Collective."""
+    speeds = []
+    for compressor in compressors:
+        large = _seconds(lockstep, compressor, _LARGE)
+        small = _seconds(lockstep, compressor, _SMALL)
+        per_element = [max(0.0, (a - b) / (_LARGE - _SMALL)) for a, b in zip(large, small, strict=True)]
+        call_s = sum(max(0.0, b - _SMALL * each) for b, each in zip(small, per_element, strict=True))
+        speeds.append(CodecSpeed(encode_s=per_element[0], decode_s=per_element[1], call_s=call_s))
+    return speeds
+
+
+def _seconds(lockstep: Lockstep, compressor: Compressor, numel: int) -> tuple[float, float]:
+    """Of encoding with error feedback, and of decoding and adding up, a tensor of this size."""
+    device = lockstep.device
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(numel, generator=generator).to(device).view(-1, _COLUMNS)
+    memory, after, out = torch.zeros_like(gradient), torch.empty_like(gradient), torch.zeros_like(gradient)
+    draw = Draw(seed=0, step=0, name="speed", rank=0)
+    times: list[float] = []
+    for repeat in range(1 + _REPEATS):
+        lockstep.wait()
+        began = now(device)
+        payload = compressor.encode_with_feedback(gradient, memory, after, draw)
+        between = now(device)
+        add_to(out, compressor.decode(payload, gradient.shape, draw))
+        if repeat:  # the first call compiles
+            times += [between - began, now(device) - between]
+    slowest = [max(column) for column in zip(*lockstep.share(times), strict=True)]
+    return statistics.median(slowest[::2]), statistics.median(slowest[1::2])

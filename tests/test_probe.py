@@ -1,0 +1,240 @@
+"""`thinwire probe`: who measures with whom, what the figures say, and the file that plan reads."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Rank, run_ranks
+from torch_threads import TorchRank, run_torch_ranks
+from worlds import close_world, small_config, small_text, torch_world
+
+import thinwire as tw
+from thinwire.comm.forecast import codec_label
+from thinwire.comm.two_shot import TwoShotMean
+from thinwire.dist.config_errors import ConfigError
+from thinwire.dist.plan.cluster import Cluster, load_cluster
+from thinwire.dist.plan.prediction import predict
+from thinwire.dist.probe import probe as probe_module
+from thinwire.dist.probe.clock import Lockstep, percentile
+from thinwire.dist.probe.codecs import EVERY, compressor_of
+from thinwire.dist.probe.collectives import fit
+from thinwire.dist.probe.pairs import measure_pairs
+from thinwire.dist.probe.probe import Probe, run_probe
+from thinwire.dist.probe.records import CollectiveTime, Operation
+from thinwire.dist.probe.rounds import circle, pair_rounds
+from thinwire.launch.probe import command
+from thinwire.launch.probe.plot import draw
+from thinwire.launch.probe.tables import print_probe
+
+
+@pytest.mark.parametrize("players", range(10))
+def test_circle_lets_each_meet_every_other_once(players: int) -> None:
+    rounds = circle(players)
+    assert len(rounds) == (0 if players < 2 else players - 1 + players % 2)
+    assert Counter(itertools.chain(*rounds)) == Counter(itertools.combinations(range(players), 2))
+    for pairs in rounds:
+        busy = list(itertools.chain(*pairs))
+        assert len(busy) == len(set(busy))
+
+
+@pytest.mark.parametrize("hosts", ["abcd", "aabb", "aabbcc", "aaab", "abab", "a", "aaaa", "aabbbc"])
+def test_no_link_has_two_pairs_at_a_time(hosts: str) -> None:
+    rounds = pair_rounds(hosts, most=1000)
+    assert Counter(itertools.chain(*rounds)) == Counter(itertools.combinations(range(len(hosts)), 2))
+    for pairs in rounds:
+        across = [hosts[rank] for pair in pairs for rank in pair if hosts[pair[0]] != hosts[pair[1]]]
+        assert len(across) == len(set(across))
+        busy = list(itertools.chain(*pairs))
+        assert len(busy) == len(set(busy))
+
+
+def test_four_hosts_take_three_rounds_and_many_ranks_are_thinned_out() -> None:
+    assert len(pair_rounds("abcd", most=1000)) == 3
+    hosts = [f"host{i // 4}" for i in range(32)]
+    thinned = pair_rounds(hosts, most=20)
+    assert len(thinned) == 3 + 7
+    across = [pair for pairs in thinned for pair in pairs if hosts[pair[0]] != hosts[pair[1]]]
+    assert sorted(across) == [(a, b) for a in range(0, 32, 4) for b in range(a + 4, 32, 4)]
+
+
+def all_reduce(size_bytes: int, seconds: float) -> CollectiveTime:
+    return CollectiveTime(
+        operation="all_reduce", level="world", ranks=4, size_bytes=size_bytes, median_s=seconds, p90_s=seconds
+    )
+
+
+def sent_bytes(size_bytes: int) -> int:
+    return sum(TwoShotMean(torch.float32).sent_bytes(size_bytes // 4, 0, 4).values())
+
+
+def test_latency_and_rate_are_found_again() -> None:
+    sizes = [4**k for k in range(6, 12)]
+    link = fit([all_reduce(size, 2 * 3e-4 + 8 * sent_bytes(size) / 94e6) for size in sizes], sent_bytes)
+    assert link.latency_s == pytest.approx(3e-4, rel=1e-9)
+    assert link.bps == pytest.approx(94e6, rel=1e-9)
+    # What noise makes of a link too fast to be measured: never a negative figure.
+    faster_when_larger = fit([all_reduce(4096, 1e-3), all_reduce(16384, 9e-4)], sent_bytes)
+    assert faster_when_larger.bps == pytest.approx(8 * sent_bytes(16384) / 9e-4)
+    no_latency = fit([all_reduce(4096, 1e-4), all_reduce(65536, 8e-3)], sent_bytes)
+    assert no_latency.latency_s == 0
+    assert no_latency.bps > 0
+    with pytest.raises(ValueError, match="1 sizes"):
+        fit([all_reduce(4096, 1e-3)], sent_bytes)
+
+
+@pytest.mark.parametrize(
+    ("operation", "bus_share"),
+    [("all_reduce", 1.5), ("all_gather", 0.75), ("reduce_scatter", 0.75), ("all_to_all", 0.75)],
+)
+def test_bus_bandwidth_is_that_of_nccl_tests(operation: Operation, bus_share: float) -> None:
+    time = CollectiveTime(operation=operation, level="world", ranks=4, size_bytes=1000, median_s=1e-3, p90_s=2e-3)
+    assert time.algorithm_bps == pytest.approx(8e6)
+    assert time.bus_bps == pytest.approx(8e6 * bus_share)
+
+
+def test_percentile_is_a_value_that_was_measured() -> None:
+    values = [float(n) for n in range(1, 11)]
+    assert [percentile(values, share) for share in (0.0, 0.1, 0.5, 0.9, 1.0)] == [1, 1, 5, 9, 10]
+    assert percentile([7.0], 0.9) == 7
+
+
+def test_every_label_of_a_compressor_names_it_and_others_name_none() -> None:
+    assert [compressor_of(codec_label(compressor)) for compressor in EVERY] == list(EVERY)
+    assert {codec_label(c) for c in EVERY} >= {'{"kind": "int4"}', '{"kind": "bf16"}'}
+    assert compressor_of('{"kind": "something"}') is None
+    assert compressor_of("no JSON") is None
+
+
+@pytest.mark.parametrize("hosts", ["ab", "aab"])
+def test_pairs_fill_the_matrix(hosts: str) -> None:
+    def work(rank: Rank) -> Any:
+        with_queue = rank.queue()
+        pairs = measure_pairs(Lockstep(with_queue, torch.device("cpu")), hosts, 0.05)
+        with_queue.close()
+        return pairs
+
+    found = run_ranks(len(hosts), work)
+    assert all(pairs == found[0] for pairs in found)
+    for matrix in (found[0].bps, found[0].latency_s):
+        for a, row in enumerate(matrix):
+            for b, value in enumerate(row):
+                assert (value is None) == (a == b)
+                assert value is None or 0 < value < math.inf
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Probe, Path]:
+    """A probe of two hosts of two ranks that are threads, and the run that it was made for."""
+    folder = tmp_path_factory.mktemp("probed")
+    small_text()
+    method = "method={kind: compress, compressor: {kind: topk, density: 0.125}, clip: after}"
+    config = small_config(folder, method)
+
+    def work(rank: TorchRank) -> Probe | None:
+        world = torch_world(rank)
+        found = run_probe(world, config, 0.5)
+        close_world(world)
+        return found if rank.rank == 0 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_module, "EVERY", (tw.Int8(),))
+        found = run_torch_ranks([2, 4], work, names=["node", "world"])[0]
+    assert found is not None
+    return found, folder
+
+
+def test_a_probe_is_a_cluster_that_plan_reads(probed: tuple[Probe, Path]) -> None:
+    found, folder = probed
+    path = folder / "probe.json"
+    command.write(found, path)
+    cluster = load_cluster(path)
+    assert cluster == found.cluster
+    assert [(level.name, level.size, level.ranks_per_link) for level in cluster.levels] == [
+        ("node", 2, 1),
+        ("world", 4, 2),
+    ]
+    measured = cluster.measured
+    assert measured is not None
+    assert len(measured.hosts) == 4
+    assert measured.cores_per_rank > 0
+    assert measured.cpu_s_per_byte >= 0
+    assert set(measured.codecs) == {'{"kind": "int8"}', '{"density": 0.125, "kind": "topk"}'}
+    assert {(time.operation, time.level) for time in measured.collectives} == set(
+        itertools.product(("all_reduce", "all_gather", "reduce_scatter", "all_to_all"), ("node", "world"))
+    )
+    config = small_config(folder)
+    prediction = predict(config, cluster)
+    assert prediction.compute_from == "measured by the probe"
+    (speed,) = measured.computes
+    assert speed.micro_batch == 2
+    assert prediction.time.compute_s == pytest.approx(speed.forward_s + speed.backward_s + speed.optimizer_s)
+    other = predict(small_config(folder, "model.width=64"), cluster)
+    assert other.compute_from.startswith("counted operations at")
+
+
+def test_a_probe_is_shown(probed: tuple[Probe, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    found, folder = probed
+    print_probe(found)
+    said = capsys.readouterr().out
+    for part in ("bandwidth from rank", "all_reduce", "topk density=0.125", "one micro-batch of 2", "cores per rank"):
+        assert part in said
+    assert "\r" not in said
+    draw(found.cluster, folder / "probe.png")
+    assert (folder / "probe.png").read_bytes().startswith(b"\x89PNG")
+
+
+HOSTILE = [
+    (("levels", 1, "link_bps"), float("inf"), "levels"),
+    (("levels", 0, "link_bps"), 0, "levels"),
+    (("levels", 1, "latency_s"), -1e-3, "latency_s"),
+    (("device", "peak_flops"), float("nan"), "peak_flops"),
+    (("measured", "hosts"), ["a"], "measured.hosts"),
+    (("measured", "cpu_s_per_byte"), -1, "cpu_s_per_byte"),
+    (("measured", "computes", 0, "forward_s"), "soon", "forward_s"),
+    (("measured", "pairs", "bps"), [[1.0]], "measured.pairs"),
+    (("measured", "collectives", 0, "operation"), "gossip", "operation"),
+    (("measured", "unknown"), 1, "unknown"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "said"), HOSTILE)
+def test_a_damaged_probe_is_refused(
+    probed: tuple[Probe, Path], tmp_path: Path, place: tuple[str | int, ...], value: object, said: str
+) -> None:
+    data = json.loads(probed[0].cluster.model_dump_json())
+    node: Any = data
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    path = tmp_path / "damaged.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ConfigError, match=said):
+        load_cluster(path)
+
+
+def test_half_a_file_is_refused(probed: tuple[Probe, Path], tmp_path: Path) -> None:
+    path = tmp_path / "half.json"
+    path.write_text(probed[0].cluster.model_dump_json()[:500])
+    with pytest.raises(ConfigError, match=r"half\.json: not valid JSON"):
+        load_cluster(path)
+
+
+def test_at_another_number_of_ranks_nothing_is_measured(probed: tuple[Probe, Path]) -> None:
+    cluster: Cluster = probed[0].cluster
+    assert cluster.at(4).measured == cluster.measured
+    assert cluster.at(8).measured is None
+
+
+def test_alone_there_is_nothing_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.probe(None, [], seconds=1, json_path=tmp_path / "a.json", plot=None) == 2
+    assert "no link to measure" in capsys.readouterr().err
+    assert not (tmp_path / "a.json").exists()
+    assert command.probe(None, [], seconds=1, json_path=tmp_path / "no" / "a.json", plot=None) == 2
+    assert "there is no folder" in capsys.readouterr().err
