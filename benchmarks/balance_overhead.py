@@ -11,8 +11,9 @@ The ways: none; micro, the loss of each micro-batch alone, which computes as muc
 all forward passes of a step first, which is exact; sync, the paper's buffer; and a wait in every layer, by thinwire's
 exchange of one latency or by torch's all-reduce. Of each: messages per step, in an evaluation, and in a step whose
 blocks are recomputed; the time for which counts were waited for, on the host that waited least, since the others also
-wait for slower hosts; and how much longer a step takes than without balancing, and than micro: the median over rounds,
-with its 95 % interval (bootstrap).
+wait for slower hosts; the processor's time of a step, all hosts together, against that without balancing, and how much
+longer a step takes: medians over rounds, each with its 95 % interval (bootstrap). Hosts that share two cores disturb
+one another, so the second tells less than the first; a step's overhead is what is waited and what is worked.
 """
 
 from __future__ import annotations
@@ -103,10 +104,10 @@ def run(settings: dict[str, Any], options: Any) -> list[dict[str, Any]]:
 
 def row(way: str, gradients: str, told: Sequence[dict[str, Any]], options: Any) -> Row:
     """The step of a block is the slowest host's, and what was waited that of the host which waited least."""
-    step_s = slowest(told, way)
-    longer = beyond(step_s, slowest(told, BASE))
+    step_s, worked_s = slowest(told, way), together(told, way)
+    longer, more = beyond(step_s, slowest(told, BASE)), beyond(worked_s, together(told, BASE))
     low, high = interval(longer)
-    than_micro = beyond(step_s, slowest(told, MICRO))
+    least, most = interval(more)
     mine = [rank[way] for rank in told]
     blocks = [block for rank in mine for block in rank["blocks"]]
     (messages,) = {block["messages"] for block in blocks}
@@ -122,10 +123,14 @@ def row(way: str, gradients: str, told: Sequence[dict[str, Any]], options: Any) 
         "payload bytes": int(sent) if sent or not messages else "not metered",
         "step_ms": 1e3 * statistics.median(step_s.values()),
         "waited_ms": 1e3 * statistics.median(waited_s),
+        "waited share": statistics.median(waited_s) / statistics.median(step_s.values()),
+        "more work": statistics.median(more),
+        "work from": least,
+        "work to": most,
+        "than micro": statistics.median(beyond(worked_s, together(told, MICRO))),
         "longer": statistics.median(longer),
         "from": low,
         "to": high,
-        "than micro": statistics.median(than_micro),
         "blocks": len(longer),
         "delay": options.delay,
     }
@@ -135,6 +140,12 @@ def slowest(told: Sequence[dict[str, Any]], way: str) -> dict[int, float]:
     """Seconds per step of the slowest host, by round."""
     blocks = zip(*(rank[way]["blocks"] for rank in told), strict=True)
     return {of_all[0]["round"]: max(block["step_s"] for block in of_all) for of_all in blocks}
+
+
+def together(told: Sequence[dict[str, Any]], way: str) -> dict[int, float]:
+    """The processor's seconds per step, of all hosts, by round."""
+    blocks = zip(*(rank[way]["blocks"] for rank in told), strict=True)
+    return {of_all[0]["round"]: sum(block["worked_s"] for block in of_all) for of_all in blocks}
 
 
 def beyond(step_s: dict[int, float], base_s: dict[int, float]) -> list[float]:

@@ -2,8 +2,9 @@
 
     python benchmarks/balance_overhead_host.py FOLDER SETTINGS(JSON)
 
-Writes FOLDER/RANK.json: of each way and block of steps the seconds, the seconds for which somebody waited for counts,
-messages and bytes. The text is random and the weights hardly move: what is learned does not matter here.
+Writes FOLDER/RANK.json: of each way and block of steps the seconds, those in which the processor worked for this rank,
+those for which somebody waited for counts, messages and bytes. The text is random and the weights hardly move: what is
+learned does not matter here.
 """
 
 from __future__ import annotations
@@ -166,13 +167,15 @@ def block(way: str, balancing: Balancing, steps: Steps, repeats: int, world: Wor
     dist.barrier(world.group)
     messages, sent = balancing.messages, balancing.sent_bytes
     step()
-    waited_s, began = balancing.waited_s, time.monotonic()
+    waited_s, began, worked_s = balancing.waited_s, time.monotonic(), time.process_time()
     for _ in range(repeats):
         step()
     seconds, waited_s = time.monotonic() - began, balancing.waited_s - waited_s
+    worked_s = time.process_time() - worked_s
     balancing.finish()
     return {
         "step_s": seconds / repeats,
+        "worked_s": worked_s / repeats,
         "waited_s": waited_s / repeats,
         "messages": (balancing.messages - messages) / (repeats + 1),
         "sent_bytes": (balancing.sent_bytes - sent) / (repeats + 1),
