@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +16,18 @@ from ranks import Rank, run_ranks
 from test_contract import batch, make_model
 from torch import nn
 from torch_threads import TorchRank, run_torch_ranks
+from worlds import close_world, small_text, thread_world, torch_world
 
 from thinwire.comm.balance.forecast import forecast_balance
 from thinwire.comm.balance.settings import BalanceSettings
 from thinwire.comm.forecast import Forecast, Parameter, Seat, seat_of
+from thinwire.comm.gossip.agent import Agent
+from thinwire.comm.gossip.build import build_agent, make_plan
 from thinwire.comm.gossip.forecast import forecast_gossip
+from thinwire.comm.gossip.port import Script
+from thinwire.comm.gossip.replica import VectorReplica
 from thinwire.comm.gossip.settings import GossipSettings
+from thinwire.comm.gossip.simulation import Simulation, pause
 from thinwire.comm.meter import TrafficMeter
 from thinwire.comm.onebyte.forecast import forecast_onebyte
 from thinwire.comm.onebyte.settings import OneByteSettings
@@ -28,6 +35,13 @@ from thinwire.comm.partition.forecast import forecast_partition
 from thinwire.comm.partition.optimizer import PartitionedOptimizer
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.traffic import unit_shapes
+from thinwire.dist.config import RunConfig, load_config
+from thinwire.dist.gossip_train import GossipTrainer
+from thinwire.dist.metrics import Record
+from thinwire.dist.plan.forecasts import forecast_run
+from thinwire.dist.plan.prediction import subject_of
+from thinwire.dist.train import Trainer
+from thinwire.dist.zeroth_order import ZerothOrderTrainer
 
 SIZE = 3
 LEVELS = [["self", "node", "world"], ["node", "self", "world"], ["world", "world", "self"]]
@@ -166,3 +180,146 @@ def test_partition_sends_and_keeps_what_is_foretold(row: Row, sizes: tuple[int, 
         queue.close()
 
     run_torch_ranks(sizes, work)
+
+
+OWN_PACE: list[dict[str, Any]] = [
+    {"graph": "ring", "algorithm": "ad_psgd"},
+    {"algorithm": {"kind": "modest", "sample": 3, "aggregators": 2, "local_steps": 5}},
+]
+
+
+@pytest.mark.parametrize("given", OWN_PACE, ids=["ad_psgd", "modest"])
+def test_where_each_machine_keeps_its_own_pace_the_mean_is_foretold(given: dict[str, Any]) -> None:
+    """In virtual time, over links that take none."""
+    steps, size, numel = 100, 4, 64
+    settings = GossipSettings.model_validate({"probes": 0, **given})
+    machines = Simulation(size)
+    plan = make_plan(settings, size, steps=steps, numel=numel)
+    machines.run([live(build_agent(plan, VectorReplica(torch.zeros(numel)), port)) for port in machines.ports])
+    total = 0.0
+    for rank in range(size):
+        forecast = forecast_gossip(settings, [numel], seat_of([("world", size)], rank), steps=steps)
+        assert not forecast.exact
+        total += sum(forecast.bytes_per_step().values())
+    assert sum(sum(port.sent_bytes.values()) for port in machines.ports) / steps == pytest.approx(total, rel=0.05)
+
+
+def test_more_asks_are_more_bytes() -> None:
+    """A2CiD2 asks half as many as its rate says, AD-PSGD one at every turn."""
+    place = seat_of([("node", 2), ("world", 6)], 1)
+    by_algorithm = [
+        forecast_gossip(GossipSettings.model_validate({"graph": "star", "algorithm": one}), [1000], place, steps=50)
+        for one in ("ad_psgd", {"kind": "acid", "rate": 4.0})
+    ]
+    once, twice = (forecast.bytes_per_step() for forecast in by_algorithm)
+    # A leaf of the star asks the hub, which is on its node; the hub asks one of five leaves.
+    assert once["node"] == pytest.approx(4000 * (1 + 1 / 5) + 32 / 10)
+    assert twice["node"] == pytest.approx(2 * 4000 * (1 + 1 / 5) + 32 / 10)
+    assert set(once) == {"node"}
+
+
+def live(agent: Agent) -> Script[None]:
+    while not agent.ended:
+        yield pause(agent.port.now(), 0.1)
+        yield from agent.before_step()
+        yield from agent.after_step()
+
+
+class Kept:
+    """A sink, and the trainer that fills it."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+
+    def write(self, record: Record) -> None:
+        self.records.append(record)
+
+    def close(self) -> None:
+        pass
+
+
+def small(name: str, folder: Path, *overrides: str) -> RunConfig:
+    """A run of configs/, with its method and its settings, of a small model on a small text."""
+    text = [
+        "model.layers=2",
+        "model.heads=2",
+        "model.width=32",
+        "model.context=32",
+        f"data={{corpus: files, files: {small_text()}, validation_fraction: 0.2}}",
+        "train={steps: 10, global_batch: 8, micro_batch: 1, eval_windows: 0}",
+        f"output.folder={folder}",
+    ]
+    return load_config(Path("configs") / f"{name}.yaml", [*text, *overrides])
+
+
+def run_all(config: RunConfig, world: Any) -> list[Record]:
+    kept = Kept()
+    trainers = {"gossip": GossipTrainer, "onebyte": ZerothOrderTrainer}
+    try:
+        trainers.get(config.method.kind, Trainer)(config, world).run([kept])  # type: ignore[attr-defined]
+    finally:
+        close_world(world)
+    return kept.records
+
+
+EXPERTS = ("model.experts=4", "model.expert_width=16")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"), [("partition", ()), ("partition_quantised", ()), ("moe_8m", EXPERTS)], ids=str
+)
+def test_runs_on_two_levels_send_what_is_foretold(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    config = small(name, tmp_path, "train.steps=2", *overrides)
+    subject = subject_of(config, 4)
+
+    def work(rank: TorchRank) -> None:
+        forecast = forecast_run(subject, seat_of([("node", 2), ("world", 4)], rank.rank))
+        assert forecast.exact
+        for record in run_all(config, torch_world(rank)):
+            assert record["sent_bytes_by_level"] == foretold(forecast, 1)
+
+    run_torch_ranks((2, 4), work)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("gossip", ("method.schedule.every=2", "train.steps=8")),
+        ("onebyte_gpt", ("method.samples=2", "method.snapshot_every=2", "train.steps=3")),
+    ],
+)
+def test_runs_among_equal_ranks_send_what_is_foretold(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    config = small(name, tmp_path, *overrides)
+    subject = subject_of(config, 4)
+
+    def work(rank: Rank) -> None:
+        forecast = forecast_run(subject, seat_of([("node", 4)], rank.rank))
+        assert forecast.exact
+        records = run_all(config, thread_world(rank))
+        total: Counter[str] = Counter()
+        for record in records:
+            total.update(record["sent_bytes_by_level"])
+        assert total == foretold(forecast, len(records))
+
+    run_ranks(4, work)
+
+
+def test_runs_with_spread_experts_send_what_is_foretold_but_for_uneven_loads(tmp_path: Path) -> None:
+    config = small("moe_expert_parallel", tmp_path, "train.steps=2", *EXPERTS)
+    subject = subject_of(config, 4)
+
+    def work(rank: TorchRank) -> None:
+        forecast = forecast_run(subject, seat_of([("node", 2), ("world", 4)], rank.rank))
+        world = torch_world(rank)
+        run_all(config, world)
+        for operation in ("allreduce", "balance", "experts/counts", "experts/weight_gradients", "experts/norm"):
+            assert foretold(part(forecast, operation), 2) == world.meter.sent_bytes(operation), operation
+        for operation in ("experts/rows", "experts/gradients"):
+            found = world.meter.sent_bytes(operation)
+            assert foretold(part(forecast, operation), 2) == pytest.approx(found, rel=0.5), operation
+
+    run_torch_ranks((2, 4), work)
+
+
+def part(forecast: Forecast, operation: str) -> Forecast:
+    return Forecast(tuple(e for e in forecast.exchanges if e.operation.startswith(operation)))

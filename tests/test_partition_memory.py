@@ -10,10 +10,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch_threads import TorchRank, run_torch_ranks
 
+from thinwire.comm.forecast import seat_of
 from thinwire.comm.partition.door import enter
+from thinwire.comm.partition.forecast import forecast_partition
 from thinwire.comm.partition.optimizer import PartitionedOptimizer
 from thinwire.comm.partition.peak_memory import PeakMemory
 from thinwire.comm.partition.settings import PartitionSettings
+from thinwire.comm.partition.traffic import unit_shapes
 
 WIDTH = 64
 NUMEL = 2 * WIDTH * WIDTH + WIDTH
@@ -38,10 +41,26 @@ def step(rank: TorchRank, name: str, **settings: Any) -> tuple[nn.Module, Partit
         fused=True,
     )
     said = optimizer.predicted_memory()
+    assert foretold(rank.rank, settings) == said
     model(torch.ones(1, WIDTH)).sum().backward()
     optimizer.step()
     assert optimizer.predicted_memory() == said
     return model, optimizer
+
+
+def foretold(rank: int, settings: dict[str, Any]) -> dict[str, int]:
+    """Without a process or a weight."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False))
+    forecast = forecast_partition(
+        PartitionSettings(**settings),
+        unit_shapes(model, []),
+        seat_of([("node", 2), ("world", 4)], rank),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=0.1, fused=True),
+        names={id(p): name for name, p in model.named_parameters()},
+        compute_dtype=torch.bfloat16,
+    )
+    return dict(forecast.memory_bytes)
 
 
 def test_memory_is_the_formula_for_every_triple() -> None:
