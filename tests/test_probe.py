@@ -16,10 +16,11 @@ from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, small_config, small_text, torch_world
 
 import thinwire as tw
-from thinwire.comm.forecast import codec_label
+from thinwire.comm.forecast import Coding, Exchange, codec_label
 from thinwire.comm.two_shot import TwoShotMean
 from thinwire.dist.config_errors import ConfigError
-from thinwire.dist.plan.cluster import Cluster, load_cluster
+from thinwire.dist.plan.cluster import Cluster, CodecSpeed, LinkLevel, load_cluster
+from thinwire.dist.plan.exchange_time import taken_s
 from thinwire.dist.plan.prediction import predict
 from thinwire.dist.probe import probe as probe_module
 from thinwire.dist.probe.clock import Lockstep, percentile
@@ -238,3 +239,47 @@ def test_alone_there_is_nothing_to_measure(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "a.json").exists()
     assert command.probe(None, [], seconds=1, json_path=tmp_path / "no" / "a.json", plot=None) == 2
     assert "there is no folder" in capsys.readouterr().err
+
+
+MEASURED = LinkLevel(
+    name="world", size=4, link_bps=1e6, latency_s=1e-3, shots=((100, 2e-3), (1000, 4e-3), (10_000, 40e-3))
+)
+
+
+@pytest.mark.parametrize(
+    ("sent_bytes", "shots", "seconds"),
+    [
+        (0, 1, 2e-3),
+        (50, 1, 2e-3),
+        (100, 1, 2e-3),
+        (550, 1, 3e-3),
+        (1100, 2, 2 * 3e-3),  # two shots of half the bytes
+        (10_000, 1, 40e-3),
+        (20_000, 1, 80e-3),
+    ],
+)
+def test_what_was_measured_takes_the_place_of_rate_and_latency(sent_bytes: int, shots: int, seconds: float) -> None:
+    assert MEASURED.send_s(sent_bytes, shots) == pytest.approx(seconds)
+
+
+def test_measured_links_of_another_rate() -> None:
+    assert MEASURED.with_rate(1e6) == MEASURED
+    half = MEASURED.with_rate(0.5e6)
+    assert half.link_bps == 0.5e6
+    assert half.send_s(1000, 1) == pytest.approx(1e-3 + 2 * 3e-3)
+    with pytest.raises(ValueError, match="bytes must ascend"):
+        LinkLevel(name="world", size=4, link_bps=1e6, shots=((100, 2e-3), (100, 4e-3)))
+
+
+def test_processors_that_ranks_share(probed: tuple[Probe, Path]) -> None:
+    """What an exchange takes from computing: its bytes' share, and its coding where there is no second processor."""
+    cluster = probed[0].cluster
+    assert cluster.measured is not None
+    speeds = {"c": CodecSpeed(encode_s=1e-6, decode_s=2e-6, call_s=1e-3)}
+    exchange = Exchange("x", {"world": 1000}, 3, {"world": 1}, "backward", coding=(Coding("c", 1000, 500),))
+    for cores, lost in ((0.5, 3e-3), (1.0, 3e-3), (1.5, 1e-3), (2.0, 0.0), (8.0, 0.0)):
+        update = {"cores_per_rank": cores, "cpu_s_per_byte": 1e-7, "codecs": speeds}
+        measured = cluster.measured.model_copy(update=update)
+        taken = taken_s(exchange, cluster.model_copy(update={"measured": measured}))
+        assert taken == pytest.approx(1000 * 1e-7 + lost)
+    assert taken_s(exchange, cluster.model_copy(update={"measured": None})) == 0

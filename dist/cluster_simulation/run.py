@@ -112,7 +112,6 @@ def simulate_run(
         disturbances,
         sources=sources,
         lost_after_s=survivors_wait_s,
-        lost_s_per_byte=cluster.measured.cpu_s_per_byte if cluster.measured else 0.0,
     )
     period = period_of(prediction.forecast.exchanges)
     for _ in range(math.ceil(_WARM_UP / period) * period):

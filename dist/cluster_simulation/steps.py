@@ -54,7 +54,6 @@ class Steps:
         sources: whose messages each rank awaits in the exchanges of a step; None: all in the group of the level.
         lost_after_s: for how long others wait for a rank that has failed, before they go on without it; None: ranks do
             not fail here.
-        lost_s_per_byte: seconds that computing is set back by each byte that is sent while it runs.
     """
 
     def __init__(
@@ -65,14 +64,12 @@ class Steps:
         *,
         sources: Sources | None = None,
         lost_after_s: float | None = None,
-        lost_s_per_byte: float = 0.0,
     ) -> None:
         self._program = program
         self._ranks = ranks
         self._disturbances = disturbances
         self._sources = sources
         self._lost_after_s = lost_after_s
-        self._lost_s_per_byte = lost_s_per_byte
         never = np.full(len(ranks), math.inf)
         self._failing_s = never if lost_after_s is None else disturbances.failing_s(ranks)
         self._step = 0
@@ -128,9 +125,8 @@ class Steps:
         end = begin + seconds
         self._free[send.queue] = end
         self._begun[send.slot] = _Begun(late + begin - ready, end)
-        if self._lost_s_per_byte and send.seconds:
-            share = min(1.0, send.sent_bytes * self._lost_s_per_byte / send.seconds)
-            self._busy.append((begin, end, share))
+        if send.taken_s and send.seconds:
+            self._busy.append((begin, end, min(1.0, send.taken_s / send.seconds)))
 
     def _all_there(self, send: Send, ready: Times, sources: NDArray[np.int64] | None) -> tuple[Times, Times | float]:
         """When those who take part in an exchange have all come, and its seconds, for each rank."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +38,8 @@ class LinkLevel(Settings):
     name: such as pair, node, world. size: ranks in each group, those of the faster levels included.
     link_bps: of one link, in each direction. latency_s: one way, of a small message.
     ranks_per_link: how many ranks send over one link at a time: 8 where the GPUs of a node share one card.
+    shots: what a probe measured: (bytes that each rank sends in one shot, seconds), of more and more bytes. A line
+      between them takes the place of rate and latency, which small and large messages do not have in common.
     """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
@@ -43,13 +47,38 @@ class LinkLevel(Settings):
     link_bps: Rate
     latency_s: Seconds = 0.0
     ranks_per_link: int = Field(1, gt=0)
+    shots: tuple[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]], ...] = ()
+
+    @model_validator(mode="after")
+    def _shots_ascend(self) -> LinkLevel:
+        sizes = [size for size, _ in self.shots]
+        if any(b <= a for a, b in itertools.pairwise(sizes)):
+            raise ValueError(f"shots: bytes must ascend, and are {', '.join(f'{size:g}' for size in sizes)}")
+        return self
 
     def send_s(self, sent_bytes: float, shots: float = 0.0) -> float:
         """Seconds until all ranks have sent these bytes each, and waited for so many latencies: the alpha-beta model.
 
-        Hockney 1994: alpha + n / beta for each message, where a link is shared by as many as send over it.
+        Hockney 1994: alpha + n / beta for each message, where a link is shared by as many as send over it. Where a
+        probe has measured messages of many sizes, between them.
         """
+        if self.shots and shots:
+            return shots * _between(self.shots, sent_bytes / shots)
         return 8 * sent_bytes * self.ranks_per_link / self.link_bps + shots * self.latency_s
+
+    def with_rate(self, link_bps: float) -> LinkLevel:
+        """The same level with other links; what was measured is as much slower or faster, but for the latency."""
+        slower = self.link_bps / link_bps
+        shots = tuple((size, min(s, self.latency_s) + max(0.0, s - self.latency_s) * slower) for size, s in self.shots)
+        return self.model_copy(update={"link_bps": link_bps, "shots": shots})
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """On the lines that join the points; before the first what it has, after the last in proportion to x."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(((0.0, points[0][1]), *points)):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
+    return points[-1][1] * x / max(points[-1][0], 1.0)
 
 
 class Device(Settings):
@@ -180,7 +209,8 @@ class Cluster(Settings):
         if inner and inner[-1].size == ranks:
             levels = inner
         else:
-            levels = [*inner, self.levels[-1].model_copy(update={"size": ranks})]
+            shots = self.levels[-1].shots if ranks == self.size else ()
+            levels = [*inner, self.levels[-1].model_copy(update={"size": ranks, "shots": shots})]
         kept = self.measured if ranks == self.size else None
         return self.model_copy(update={"levels": tuple(levels), "measured": kept})
 

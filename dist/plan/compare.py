@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, TypeAlias
 
-from thinwire.comm.units import format_rate
 from thinwire.dist.plan.candidates import Candidate, candidates_for
 from thinwire.dist.plan.cluster import Cluster
 from thinwire.dist.plan.prediction import Prediction, check_levels, predict, subject_of
@@ -18,7 +19,15 @@ if TYPE_CHECKING:
 
 _SLOWEST_BPS, _FASTEST_BPS = 1e6, 1e12
 _PER_DECADE = 4
+_RATES = [
+    _SLOWEST_BPS * 10 ** (n / _PER_DECADE)
+    for n in range(round(_PER_DECADE * math.log10(_FASTEST_BPS / _SLOWEST_BPS)) + 1)
+]
 _HALVINGS = 24
+_SAME = 1e-3  # relative: no shorter, no longer
+
+Times: TypeAlias = Callable[[float], float]
+"""Seconds by the rate of the slowest level's links, in bits per second."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Comparison:
     """options: that can run here, the user's own first. left_out: (label, reason). best: what is recommended, and why.
 
     changes: where, along the rate of the slowest level's links, another of the recommendable methods is the soonest.
+    break_even: by method, the rate of those links from which on its step is no shorter than an all-reduce's.
     """
 
     cluster: Cluster
@@ -61,6 +71,7 @@ class Comparison:
     best: Option | None
     reason: str
     changes: tuple[Change, ...]
+    break_even: tuple[tuple[str, float], ...]
 
 
 def compare(config: RunConfig, cluster: Cluster, kinds: Sequence[str] = ()) -> Comparison:
@@ -92,11 +103,19 @@ def compare(config: RunConfig, cluster: Cluster, kinds: Sequence[str] = ()) -> C
         options.append(Option(candidate, prediction, factor))
     able = [option for option in options if option.prediction.fits and option.factor.steps is not None]
     best = min(able, key=lambda option: option.seconds(1), default=None)
-    changes = _changes(able, cluster) if best is not None else []
-    return Comparison(cluster, tuple(options), tuple(left_out), best, _reason(options, best), tuple(changes))
+    times = {option.label: _by_rate(option, cluster) for option in options}
+    return Comparison(
+        cluster,
+        tuple(options),
+        tuple(left_out),
+        best,
+        _reason(options, best),
+        tuple(_changes(able, times)) if cluster.size > 1 else (),
+        tuple(_break_even(options, times)) if cluster.size > 1 else (),
+    )
 
 
-def crossing(first: Callable[[float], float], second: Callable[[float], float], low: float, high: float) -> float:
+def crossing(first: Times, second: Times, low: float, high: float) -> float:
     """The rate between two at which two times are equal, by bisection on a logarithmic scale.
 
     Args:
@@ -108,36 +127,50 @@ def crossing(first: Callable[[float], float], second: Callable[[float], float], 
     return math.sqrt(low * high)
 
 
-def _changes(options: Sequence[Option], cluster: Cluster) -> list[Change]:
-    """Along the rates of the slowest level's links, all else as it is."""
+def _by_rate(option: Option, cluster: Cluster) -> Times:
+    """Seconds of a step by the rate of the slowest level's links, all else as it is."""
+    return cache(lambda link_bps: option.prediction.on(_with_rate(cluster, link_bps)).time.step_s)
 
-    def seconds_of(option: Option) -> Callable[[float], float]:
-        known: dict[float, float] = {}
 
-        def seconds(link_bps: float) -> float:
-            if link_bps not in known:
-                time = option.prediction.on(_with_rate(cluster, link_bps)).time
-                known[link_bps] = time.step_s * (option.factor.steps or math.inf)
-            return known[link_bps]
+def _changes(options: Sequence[Option], times: Mapping[str, Times]) -> list[Change]:
+    """Where another method becomes the soonest to the same loss."""
 
-        return seconds
+    def total(option: Option) -> Times:
+        return lambda link_bps: (option.factor.steps or math.inf) * times[option.label](link_bps)
 
-    if cluster.size == 1:
+    def soonest(link_bps: float) -> Option:
+        return min(options, key=lambda option: total(option)(link_bps))
+
+    if not options:
         return []
-    times = {option.label: seconds_of(option) for option in options}
-    decades = math.log10(_FASTEST_BPS / _SLOWEST_BPS)
-    rates = [_SLOWEST_BPS * 10 ** (n / _PER_DECADE) for n in range(round(decades * _PER_DECADE) + 1)]
-    soonest = [min(times, key=lambda label, rate=rate: times[label](rate)) for rate in rates]  # type: ignore[misc]
-    changes = []
-    for low, high, below, above in zip(rates, rates[1:], soonest, soonest[1:], strict=False):
-        if below != above:
-            changes.append(Change(crossing(times[below], times[above], low, high), below, above))
-    return changes
+    winners = [(rate, soonest(rate)) for rate in _RATES]
+    return [
+        Change(crossing(total(below), total(above), low, high), below.label, above.label)
+        for (low, below), (high, above) in itertools.pairwise(winners)
+        if below is not above
+    ]
+
+
+def _break_even(options: Sequence[Option], times: Mapping[str, Times]) -> list[tuple[str, float]]:
+    """Where a step of another method is as long as an all-reduce's, by the highest such rate."""
+    dense = _dense(options)
+    found = []
+    for option in options if dense else ():
+        if option is dense or option.candidate.config.method.kind == "allreduce":
+            continue
+        assert dense is not None
+        mine, other = times[option.label], times[dense.label]
+        # Where neither waits for the links they differ by nothing, or by rounding.
+        sooner = [mine(rate) < (1 - _SAME) * other(rate) for rate in _RATES]
+        for low, high, before, after in zip(_RATES, _RATES[1:], sooner, sooner[1:], strict=False):
+            if before and not after and mine(high) > (1 + _SAME) * other(high):
+                found.append((option.label, crossing(mine, other, low, high)))
+    return found
 
 
 def _with_rate(cluster: Cluster, link_bps: float) -> Cluster:
     *inner, slowest = cluster.levels
-    return cluster.model_copy(update={"levels": (*inner, slowest.model_copy(update={"link_bps": link_bps}))})
+    return cluster.model_copy(update={"levels": (*inner, slowest.with_rate(link_bps))})
 
 
 def _reason(options: Sequence[Option], best: Option | None) -> str:
@@ -146,7 +179,7 @@ def _reason(options: Sequence[Option], best: Option | None) -> str:
         if not any(option.prediction.fits for option in options):
             return "nothing fits into the memory of a device: take a smaller train.micro_batch, or more ranks"
         return "no method that fits has been measured to reach all-reduce's loss; name some with --methods"
-    dense = next((option for option in options if option.candidate.config.method.kind == "allreduce"), None)
+    dense = _dense(options)
     took = best.prediction.time
     if dense is None or dense is best:
         others = [o for o in options if o is not best and o.prediction.fits and o.factor.steps is not None]
@@ -168,6 +201,11 @@ def _reason(options: Sequence[Option], best: Option | None) -> str:
     return f"{text}: the same loss {times:.3g} times sooner" if times > 1.005 else text
 
 
+def _dense(options: Sequence[Option]) -> Option | None:
+    """The all-reduce that others are measured against: the user's own, or that in fp32."""
+    return next((option for option in options if option.candidate.config.method.kind == "allreduce"), None)
+
+
 def _steps(option: Option) -> str:
     if not option.factor.was_measured:
         return ", its steps to the same loss not being measured"
@@ -179,8 +217,3 @@ def _seconds(seconds: float) -> str:
     if seconds >= 0.0995:
         return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{1e3 * seconds:.2g} ms"
-
-
-def describe_change(change: Change) -> str:
-    """In words."""
-    return f"{format_rate(float(f'{change.link_bps:.2g}'))}: {change.below} below, {change.above} above"

@@ -36,6 +36,19 @@ def exchange_s(exchange: Exchange, cluster: Cluster) -> float:
     return coding_s(exchange, cluster) + max(times, default=0.0)
 
 
+def taken_s(exchange: Exchange, cluster: Cluster) -> float:
+    """Seconds of computing that one occurrence takes away from this rank where both run at once.
+
+    Those of its bytes as a probe has measured them. Encoding and decoding keep a processor busy: with two for each rank
+    nothing is lost, with one or less all of it, since the ranks were all encoding when that was measured.
+    """
+    if cluster.measured is None:
+        return 0.0
+    cores = min(2.0, max(1.0, cluster.measured.cores_per_rank))
+    moved_s = sum(exchange.sent_bytes.values()) * cluster.measured.cpu_s_per_byte
+    return moved_s + coding_s(exchange, cluster) * (2 / cores - 1)
+
+
 def coding_s(exchange: Exchange, cluster: Cluster) -> float:
     """Seconds of encoding and decoding in one occurrence; what has not been measured costs nothing."""
     speeds: Mapping[str, CodecSpeed] = cluster.measured.codecs if cluster.measured else {}

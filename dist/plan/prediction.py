@@ -14,6 +14,7 @@ import torch
 
 from thinwire.comm.forecast import Forecast
 from thinwire.dist.engine import FSDP2Settings
+from thinwire.dist.gossip_run import GossipRunSettings
 from thinwire.dist.models import build_model
 from thinwire.dist.models.hf import HFSettings, load_pretrained
 from thinwire.dist.onebyte_run import OneByteRunSettings
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 _OPTIMIZER_FLOPS = 20  # AdamW's, for each element
 _DIRECTION_FLOPS = 10  # for each element, to draw a random sign and add it on the lattice
 _META = torch.device("meta")
+_MEASURED = "measured by the probe"
+_NOT_TIMED = "encoding and decoding count as nothing until `thinwire probe` has timed them"
+_OTHER_COMPUTING = (
+    "the probe has not timed the computing of this model and micro-batch, so operations are counted instead; "
+    "`thinwire probe CONFIG` times it"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class Prediction:
     compute_from: where the computing's seconds come from: measured by a probe, or counted operations at a rate.
     memory_bytes: by state, activations of a micro-batch among them.
     trace: of a micro-batch, as the engine runs it.
+    rank: whose figures these are.
     """
 
     config: RunConfig
@@ -51,6 +59,7 @@ class Prediction:
     memory_bytes: Mapping[str, int]
     trace: StepTrace
     compute: ComputeTime
+    rank: int = 0
 
     @property
     def sent_bytes(self) -> dict[str, float]:
@@ -61,6 +70,17 @@ class Prediction:
     def fits(self) -> bool:
         """Whether a device has the memory."""
         return sum(self.memory_bytes.values()) <= self.cluster.device.memory_bytes
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not foretold, or only roughly."""
+        measured = self.cluster.measured
+        coded = any(exchange.coding for exchange in self.forecast.exchanges)
+        return [
+            *self.forecast.remarks,
+            *([_NOT_TIMED] if coded and not (measured and measured.codecs) else []),
+            *([_OTHER_COMPUTING] if measured and self.compute_from != _MEASURED else []),
+        ]
 
     def on(self, cluster: Cluster) -> Prediction:
         """The same on links of other rates between the same levels."""
@@ -103,25 +123,41 @@ def subject_of(config: RunConfig, ranks: int) -> Subject:
     return Subject(config, model, trace_step(model, tokens, tokens, context=context))
 
 
-def predict(config: RunConfig, cluster: Cluster, subject: Subject | None = None) -> Prediction:
+def predict(
+    config: RunConfig, cluster: Cluster, subject: Subject | None = None, *, rank: int | None = None
+) -> Prediction:
     """What a step of this run will cost on this cluster.
 
     Args:
         subject: of the same model and micro-batch, to save the trace.
+        rank: whose bytes and seconds; None: rank 0's, and of machines that do not all send alike, the one's that waits
+            longest, among those at the ends of their groups.
     Raises:
         ValueError: the run does not fit the cluster, or its method has no forecast.
     """
     check_levels(config, cluster)
     subject = subject or subject_of(config, cluster.size)
     micro_batch, micro_batches = config.train.share(cluster.size)
-    forecast = forecast_run(subject, cluster.seat(0), cluster)
-    engine = config.engine
-    is_checkpointed = isinstance(engine, FSDP2Settings) and engine.activation_checkpointing
+    is_checkpointed = isinstance(config.engine, FSDP2Settings) and config.engine.activation_checkpointing
     trace = subject.trace.checkpointed() if is_checkpointed else subject.trace
     compute, source = _compute(subject, trace, cluster, micro_batch)
-    time = _timeline(config, forecast, trace, compute, cluster)
-    memory = Counter(forecast.memory_bytes) + Counter({"activations": _activation_bytes(config, trace)})
-    return Prediction(config, cluster, forecast, time, micro_batches, source, dict(memory), trace, compute)
+    found = []
+    for one in _looked_at(config, cluster) if rank is None else (rank,):
+        forecast = forecast_run(subject, cluster.seat(one), cluster)
+        time = _timeline(config, forecast, trace, compute, cluster)
+        memory = Counter(forecast.memory_bytes) + Counter({"activations": _activation_bytes(config, trace)})
+        found.append(
+            Prediction(config, cluster, forecast, time, micro_batches, source, dict(memory), trace, compute, one)
+        )
+    return max(found, key=lambda prediction: prediction.time.step_s)
+
+
+def _looked_at(config: RunConfig, cluster: Cluster) -> list[int]:
+    """Ranks that may send more than others: under gossip those at both ends of the first group of each level."""
+    if not isinstance(config.method, GossipRunSettings):
+        return [0]
+    ends = {end for level in cluster.levels for end in (level.size - 1, level.size)}
+    return [0, *sorted(end for end in ends if 0 < end < cluster.size)]
 
 
 def _timeline(
@@ -169,7 +205,7 @@ def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: 
     if found is not None:
         again = (trace.backward_flops - subject.trace.backward_flops) / max(1, trace.forward_flops)
         time = ComputeTime(found.forward_s, found.backward_s + again * found.forward_s, found.optimizer_s)
-        source = "measured by the probe"
+        source = _MEASURED
     else:
         flops = (trace.forward_flops, trace.backward_flops, _OPTIMIZER_FLOPS * elements)
         time = ComputeTime(*(count / rate for count in flops))
@@ -178,7 +214,9 @@ def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: 
     if isinstance(method, OneByteRunSettings):  # no backward pass; several forward passes, and sweeps over the weights
         passes = 2 * method.samples if method.estimate == "two_sided" else method.samples + 1
         applied = method.samples * (cluster.size if method.directions == "distinct" else 1)
-        sweeps = (2 * passes + applied) * elements * _DIRECTION_FLOPS / rate
+        measured = cluster.measured.direction_s if cluster.measured else None
+        direction_s = _DIRECTION_FLOPS / rate if measured is None else measured
+        sweeps = (2 * passes + applied) * elements * direction_s
         time = ComputeTime(passes * time.forward_s, 0.0, sweeps)
     return time, source
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from thinwire.comm.forecast import Exchange, Forecast
 from thinwire.dist.plan.cluster import Cluster
-from thinwire.dist.plan.exchange_time import ComputeTime, exchange_s
+from thinwire.dist.plan.exchange_time import ComputeTime, exchange_s, taken_s
 from thinwire.dist.plan.trace import StepTrace
 
 _ROUNDING = 1e-9  # of per_step, a fraction such as 0.1
@@ -29,7 +29,7 @@ class Send:
 
     slot: its number in the step. level: the slowest that it uses, whose groups take part together; None: nobody else.
     after: slots that must have ended. per_step: 1, or the share of the steps in which it comes.
-    sent_bytes: by this rank, over all levels. beside: whether it goes on behind the next step.
+    taken_s: see exchange_time. beside: whether it goes on behind the next step.
     """
 
     slot: int
@@ -37,7 +37,7 @@ class Send:
     queue: str
     seconds: float
     level: str | None
-    sent_bytes: float
+    taken_s: float
     after: tuple[int, ...] = ()
     per_step: float = 1.0
     beside: bool = False
@@ -181,7 +181,7 @@ class _Builder:
             f"beside/{exchange.queue}" if exchange.when == "beside" else exchange.queue,
             share * exchange_s(exchange, self._cluster),
             names[max(used)] if used else None,
-            share * sum(exchange.sent_bytes.values()),
+            share * taken_s(exchange, self._cluster),
             after,
             min(1.0, exchange.per_step),
             exchange.when == "beside",

@@ -68,16 +68,15 @@ def step_time(
         prefetch: units that are gathered ahead.
     """
     program = build_program(forecast, trace, compute, cluster, micro_batches=micro_batches, prefetch=prefetch)
-    lost = cluster.measured.cpu_s_per_byte if cluster.measured else 0.0
     sends = [operation for operation in program.operations if isinstance(operation, Send)]
-    steady, usual_s = _settle(program, lost)
-    mean_s, spans = usual_s, _play(program, steady, _NONE, lost).spans
+    steady, usual_s = _settle(program)
+    mean_s, spans = usual_s, _play(program, steady, _NONE).spans
     for share, slots in _rare(sends):
-        played = _play(program, steady, slots, lost)
+        played = _play(program, steady, slots)
         spans = max(spans, played.spans, key=len)
         after = played.moment
         for _ in range(2):  # what was begun beside the next step is over after it
-            after = _play(program, after, _NONE, lost).moment
+            after = _play(program, after, _NONE).moment
         mean_s += share * (after.now - steady.now - 3 * usual_s)
     sending_s = sum(send.seconds * send.per_step for send in sends)
     return StepTime(program.compute_s, max(0.0, mean_s - program.compute_s), spans, sending_s, program)
@@ -112,27 +111,26 @@ class _Played:
     spans: tuple[Span, ...]
 
 
-def _settle(program: Program, lost_s_per_byte: float) -> tuple[_Moment, float]:
+def _settle(program: Program) -> tuple[_Moment, float]:
     """The moment after a step that is like the one before, and its seconds; of what comes every step."""
-    moment = _play(program, _Moment(), _NONE, lost_s_per_byte).moment
+    moment = _play(program, _Moment(), _NONE).moment
     took = moment.now
     if not moment.ends:  # nothing is left over from a step
         return _Moment(), took
     for _ in range(_MOST_ROUNDS):
         before, last = moment.now, took
-        moment = _play(program, moment, _NONE, lost_s_per_byte).moment
+        moment = _play(program, moment, _NONE).moment
         took = moment.now - before
         if abs(took - last) <= _STEADY * took:
             break
     return moment, took
 
 
-def _play(program: Program, start: _Moment, rare: frozenset[int], lost_s_per_byte: float) -> _Played:
+def _play(program: Program, start: _Moment, rare: frozenset[int]) -> _Played:
     """One step from a moment on.
 
     Args:
         rare: slots that come in it of those that do not come every step.
-        lost_s_per_byte: seconds that computing is set back by each byte that is sent while it runs.
     """
     now, free, ends = start.now, dict(start.free), dict(start.ends)
     spans: list[Span] = []
@@ -146,8 +144,8 @@ def _play(program: Program, start: _Moment, rare: frozenset[int], lost_s_per_byt
                 end = begin + operation.seconds
                 free[operation.queue] = ends[operation.slot] = end
                 spans.append(Span(operation.operation, now - start.now, begin - start.now, end - start.now))
-                if lost_s_per_byte and end > begin:
-                    busy.append((begin, end, min(1.0, operation.sent_bytes * lost_s_per_byte / (end - begin))))
+                if operation.taken_s and end > begin:
+                    busy.append((begin, end, min(1.0, operation.taken_s / (end - begin))))
             case Wait(slot) if slot in ends:
                 now = max(now, ends.pop(slot))
     return _Played(_Moment(now, free, ends), tuple(spans))

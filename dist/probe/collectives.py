@@ -17,7 +17,8 @@ from thinwire.dist.probe.records import CollectiveTime, Operation
 
 _FIRST_BYTES, _LAST_BYTES, _GROWTH = 1 << 12, 1 << 26, 4
 _FEWEST_SIZES = 2  # to tell latency from rate
-_FEWEST, _MOST = 3, 15  # repetitions of one size
+_FEWEST, _MOST = 3, 9  # repetitions of one size
+_LONG_S = 0.3
 _SHARE_OF_ALL_REDUCE = 0.6  # of a level's time: it is what the link's figures come from
 _OTHERS: tuple[Operation, ...] = ("all_gather", "reduce_scatter", "all_to_all")
 
@@ -73,18 +74,24 @@ def fit(times: Sequence[CollectiveTime], sent_bytes: Callable[[int], int]) -> Al
 def _sizes(
     lockstep: Lockstep, operation: Operation, level: str, group: Sequence[int], seconds: float
 ) -> list[CollectiveTime]:
-    """Sizes from small to large, while there is time left for the next one; all ranks decide alike."""
+    """Sizes from small to large, while there is time left for the next one; all ranks decide alike.
+
+    An all-reduce goes on until its slices are exchanged in rounds, in any case: that is another link, nearly.
+    """
     began, size_bytes, expected_s = time.monotonic(), _FIRST_BYTES, 0.0
     times: list[CollectiveTime] = []
     while size_bytes <= _LAST_BYTES:
         left_s = seconds - lockstep.slowest(time.monotonic() - began)
-        if len(times) >= _FEWEST_SIZES and left_s < (_FEWEST + 1) * expected_s:
+        enough = operation != "all_reduce" or is_worth_rounds(size_bytes // _GROWTH // len(group))
+        if enough and times and left_s < _FEWEST * expected_s:
             break
         work = _exchange(operation, size_bytes, group, lockstep.device)
         name = f"probe/{operation}"
-        first_s = lockstep.time_exchange(name, work, 1)[0]  # opens connections, touches memory
-        repeats = max(_FEWEST, min(_MOST, int(left_s / 2 / max(first_s, 1e-6))))
-        taken = lockstep.time_exchange(name, work, repeats)
+        if expected_s < _LONG_S:  # what is long does not notice that connections are opened, and memory is touched
+            expected_s = lockstep.time_exchange(name, work, 1)[0]
+        repeats = int(left_s / 4 / max(expected_s, 1e-6))
+        fewest = _FEWEST if expected_s < _LONG_S else 1
+        taken = lockstep.time_exchange(name, work, max(fewest, min(_MOST, repeats)))
         median_s = statistics.median(taken)
         times.append(
             CollectiveTime(

@@ -16,7 +16,7 @@ from thinwire.comm.forecast import Seat, codec_label
 from thinwire.comm.two_shot import TwoShotMean
 from thinwire.dist.host import this_host
 from thinwire.dist.plan.cluster import Cluster, CodecSpeed, ComputeSpeed, Device, LinkLevel, Measured
-from thinwire.dist.plan.forecasts import forecast_run
+from thinwire.dist.plan.forecasts import Subject, forecast_run
 from thinwire.dist.plan.prediction import subject_of
 from thinwire.dist.probe.clock import Lockstep
 from thinwire.dist.probe.codecs import EVERY, compressor_of, measure_codecs
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from thinwire.dist.config import RunConfig
 
 # What part of the time each measurement gets; the compressors take what they take.
-_PAIRS, _SWEEP, _CONTENTION, _FLOPS, _COMPUTE = 0.25, 0.35, 0.1, 0.05, 0.25
+_PAIRS, _SWEEP, _CONTENTION, _FLOPS, _COMPUTE = 0.2, 0.4, 0.1, 0.05, 0.25
 _LEAST_UTILISATION = 1e-6
 
 
@@ -80,8 +80,9 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     utilisation = 0.4
     if config is not None and task is not None:
         computes = (measure_compute(lockstep, config, task, _COMPUTE * seconds),)
-        utilisation = _utilisation(config, world.size, computes[0], flops)
-        more, unknown = _codecs_of(config, world)
+        subject = subject_of(config, world.size)
+        utilisation = _utilisation(subject, computes[0], flops)
+        more, unknown = _codecs_of(subject, world)
         wanted += [compressor for compressor in more if compressor not in wanted]
         remarks += [f"{codec} cannot be measured by itself; a plan takes no time for it" for codec in unknown]
     clock.lap("compute")
@@ -139,6 +140,7 @@ def _levels(world: World, sweeps: Sequence[Sequence[CollectiveTime]]) -> tuple[L
             return round(across * sum(mean.sent_bytes(size_bytes // 4, 0, size).values()))
 
         link = fit(times, sent_bytes)
+        reduces = [time for time in times if time.operation == "all_reduce"]
         found.append(
             LinkLevel(
                 name=level.name,
@@ -146,26 +148,27 @@ def _levels(world: World, sweeps: Sequence[Sequence[CollectiveTime]]) -> tuple[L
                 link_bps=link.bps * before,
                 latency_s=link.latency_s,
                 ranks_per_link=before,
+                shots=tuple((sent_bytes(time.size_bytes) / 2, time.median_s / 2) for time in reduces),
             )
         )
         before = size
     return tuple(found)
 
 
-def _codecs_of(config: RunConfig, world: World) -> tuple[list[Compressor], list[str]]:
+def _codecs_of(subject: Subject, world: World) -> tuple[list[Compressor], list[str]]:
     """What the run encodes with, and the names of what no compressor does."""
     levels = tuple((level.name, level.size) for level in world.mesh.levels)
     seat = Seat(world.rank, tuple(world.mesh.level_of_peer()), levels)
-    forecast = forecast_run(subject_of(config, world.size), seat)
+    forecast = forecast_run(subject, seat)
     codecs = dict.fromkeys(coding.codec for exchange in forecast.exchanges for coding in exchange.coding)
     found = {codec: compressor_of(codec) for codec in codecs}
     known = [compressor for compressor in found.values() if compressor is not None]
     return known, [codec for codec, compressor in found.items() if compressor is None]
 
 
-def _utilisation(config: RunConfig, ranks: int, speed: ComputeSpeed, flops: float) -> float:
+def _utilisation(subject: Subject, speed: ComputeSpeed, flops: float) -> float:
     """The share of the matrix products' speed that the run's forward and backward pass have got."""
-    trace = subject_of(config, ranks).trace
+    trace = subject.trace
     done = trace.forward_flops + (trace.backward_flops if speed.backward_s else 0)
     reached = done / max(speed.forward_s + speed.backward_s, 1e-9)
     return min(1.0, max(_LEAST_UTILISATION, reached / flops))

@@ -34,8 +34,11 @@ def print_probe(found: Probe) -> None:
     delays = [[None if s is None else 1e3 * s for s in row] for row in measured.pairs.latency_s]
     _print_matrix(console, "bandwidth from rank (row) to rank (column), Mbit/s of payload", rates, min)
     _print_matrix(console, "latency between ranks, one way, ms", delays, max)
+    console.print("collectives, seconds of the slowest rank")
     console.print(_collectives(measured.collectives))
+    console.print("levels, as the all-reduces above explain best")
     console.print(_levels(cluster))
+    console.print("compressors on one rank while all work, million elements per second")
     console.print(_codecs(cluster))
     for speed in measured.computes:
         console.print(
@@ -67,7 +70,8 @@ def _print_matrix(console: Console, title: str, matrix: Matrix, worst: Callable[
             highlight=False,
         )
         return
-    table = Table(title=title, title_justify="left")
+    console.print(title, highlight=False)
+    table = Table()
     table.add_column("")
     for rank in range(len(matrix)):
         table.add_column(str(rank), justify="right")
@@ -77,7 +81,7 @@ def _print_matrix(console: Console, title: str, matrix: Matrix, worst: Callable[
 
 
 def _collectives(times: Sequence[CollectiveTime]) -> Table:
-    table = Table(title="collectives, seconds of the slowest rank", title_justify="left")
+    table = Table()
     for name in ("collective", "level", "ranks", "size", "median ms", "p90 ms", "algorithm Mbit/s", "bus Mbit/s"):
         table.add_column(name, justify="left" if name in ("collective", "level") else "right")
     for time in times:
@@ -95,7 +99,7 @@ def _collectives(times: Sequence[CollectiveTime]) -> Table:
 
 
 def _levels(cluster: Cluster) -> Table:
-    table = Table(title="levels, as the all-reduces above explain best", title_justify="left")
+    table = Table()
     for name in ("level", "ranks in a group", "ranks on a link", "link Mbit/s", "latency ms"):
         table.add_column(name, justify="left" if name == "level" else "right")
     for level in cluster.levels:
@@ -110,7 +114,7 @@ def _levels(cluster: Cluster) -> Table:
 
 
 def _codecs(cluster: Cluster) -> Table:
-    table = Table(title="compressors on one rank while all work, million elements per second", title_justify="left")
+    table = Table()
     for name in ("compressor", "encode", "decode", "us per call"):
         table.add_column(name, justify="left" if name == "compressor" else "right")
     assert cluster.measured is not None
