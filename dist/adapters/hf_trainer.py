@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from thinwire.comm.allreduce import AllReduceSettings
+from thinwire.comm.compress.settings import CompressSettings
 from thinwire.comm.local_sgd.door import LocalSGDSettings
 from thinwire.dist.adapters.accelerate import check_accelerator
 from thinwire.dist.adapters.attached import (
@@ -58,6 +59,12 @@ def for_hf_trainer(
     check_accelerator(trainer.accelerator, settings, trainer.args.gradient_accumulation_steps)
     limit = trainer.args.max_grad_norm
     check_clipping(settings, limit, "TrainingArguments(max_grad_norm=...)", "for_hf_trainer")
+    if isinstance(settings, CompressSettings) and getattr(trainer.accelerator.ddp_handler, "find_unused_parameters", 0):
+        raise ValueError(
+            "trainer: its DistributedDataParallel looks for unused parameters, as it does by default, and method "
+            "compress sends all gradients in every step; give TrainingArguments(ddp_find_unused_parameters=False), "
+            "and freeze unused parameters with requires_grad_(False)"
+        )
     base = importlib.import_module("transformers").TrainerCallback
     callback: Any = type("ThinwireCallback", (HFTrainerMethod, base), {})(trainer, settings)
     callback.clip_norm, callback.world, callback.timeout_s = clip_norm, world, timeout_s
