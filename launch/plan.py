@@ -94,11 +94,12 @@ def report(found: Comparison, steps: int) -> list[str]:
         "",
         *table(memory(found)),
         "",
+        *(["*          as configured"] if any(option.candidate.is_own for option in found.options) else []),
         f"take       {found.best.label}" if found.best else "take       nothing",
         f"because    {found.reason}",
         *(f"{'break-even' if n == 0 else '':<10} {text}" for n, text in enumerate(break_even(found))),
     ]
-    remarks = dict.fromkeys(remark for option in found.options for remark in option.prediction.forecast.remarks)
+    remarks = dict.fromkeys(remark for option in found.options for remark in option.prediction.remarks)
     lines += [f"{'but' if n == 0 else '':<10} {remark}" for n, remark in enumerate(remarks)]
     return [*lines, *left_out(found)]
 
@@ -116,7 +117,7 @@ def times(found: Comparison, steps: int) -> list[list[str]]:
         factor = option.factor.steps
         rows.append(
             [
-                option.label,
+                name(option),
                 *(about + format_bytes(sent.get(name, 0.0)) for name in levels),
                 f"{prediction.forecast.messages_per_step():.4g}",
                 *(seconds(value) for value in (time.compute_s, time.sending_s, time.exposed_s, time.step_s)),
@@ -126,6 +127,12 @@ def times(found: Comparison, steps: int) -> list[list[str]]:
             ]
         )
     return rows
+
+
+def name(option: Option) -> str:
+    """With a mark where it is the user's own, and the rank whose figures these are, if it is not 0."""
+    rank = option.prediction.rank
+    return option.label + f" (rank {rank})" * bool(rank) + " *" * option.candidate.is_own
 
 
 def same_loss(option: Option) -> str:
@@ -145,20 +152,25 @@ def memory(found: Comparison) -> list[list[str]]:
         held = option.prediction.memory_bytes
         total = sum(held.values())
         fits = f"{100 * total / limit:.0f} %" if option.prediction.fits else "does not fit"
-        rows.append([option.label, *(format_bytes(held.get(state, 0)) for state in states), format_bytes(total), fits])
+        rows.append([name(option), *(format_bytes(held.get(state, 0)) for state in states), format_bytes(total), fits])
     return rows
 
 
 def break_even(found: Comparison) -> list[str]:
-    """Where another method becomes the soonest to the same loss."""
-    if not found.changes:
+    """Where another method becomes the soonest to the same loss, and where steps are no longer shorter."""
+    if found.best is None or found.cluster.size == 1:
         return []
-    slowest = found.cluster.levels[-1].name
-    changes = found.changes
-    parts = [f"{changes[0].below} up to {rate(changes[0].link_bps)}"]
+    slowest, changes = found.cluster.levels[-1].name, found.changes
+    parts = [f"{changes[0].below} up to {rate(changes[0].link_bps)}"] if changes else []
     parts += [f"{a.above} from there to {rate(b.link_bps)}" for a, b in itertools.pairwise(changes)]
-    parts.append(f"{changes[-1].above} above {rate(changes[-1].link_bps)}")
-    return [f"soonest to the same loss, by the rate of a link of {slowest}: {'; '.join(parts)}"]
+    parts += [f"{changes[-1].above} above {rate(changes[-1].link_bps)}"] if changes else []
+    lines = [
+        f"soonest to the same loss, by the rate of the links of {slowest}: " + ("; ".join(parts) or "always the same")
+    ]
+    if found.break_even:
+        ends = ", ".join(f"{label} {rate(link_bps)}" for label, link_bps in found.break_even)
+        lines.append(f"steps are shorter than all-reduce's below: {ends}")
+    return lines
 
 
 def left_out(found: Comparison) -> list[str]:
@@ -203,7 +215,8 @@ def record(found: Comparison, steps: int) -> dict[str, Any]:
         "steps": steps,
         "recommended": found.best.label if found.best else None,
         "reason": found.reason,
-        "break_even": [{"link_bps": c.link_bps, "below": c.below, "above": c.above} for c in found.changes],
+        "soonest": [{"link_bps": c.link_bps, "below": c.below, "above": c.above} for c in found.changes],
+        "break_even_bps": dict(found.break_even),
         "options": [option_record(option, steps) for option in found.options],
         "left_out": dict(found.left_out),
     }
@@ -230,5 +243,6 @@ def option_record(option: Option, steps: int) -> Mapping[str, Any]:
         "steps_factor": factor.steps if factor.was_measured else None,
         "steps_factor_measured": factor.was_measured,
         "cost": prediction.cost(steps),
-        "remarks": list(prediction.forecast.remarks),
+        "rank": prediction.rank,
+        "remarks": prediction.remarks,
     }

@@ -14,7 +14,6 @@ from thinwire.dist.config_errors import explain
 from thinwire.dist.methods import MethodSettings, engines_for, unused_by
 from thinwire.dist.plan.cluster import Cluster
 
-OWN = "as configured"
 _BY_GRADIENTS = ("allreduce", "compress", "local_sgd", "gossip", "partition")
 _LOCAL_STEPS = (10, 8, 12, 5, 16, 20, 6, 4, 15, 3, 2)  # the first that divides the run's steps
 _METHODS: TypeAdapter[MethodSettings] = TypeAdapter(MethodSettings)
@@ -36,7 +35,7 @@ def candidates_for(config: RunConfig, cluster: Cluster, kinds: tuple[str, ...] =
     Args:
         kinds: of the methods; empty: all that train by gradients, and the run's own.
     """
-    own = Candidate(f"{OWN}: {config.method.kind}", config, is_own=True)
+    own = Candidate(f"{config.method.kind}, as configured", config, is_own=True)
     found = [own] if not kinds or config.method.kind in kinds else []
     for label, method in _offers(config, cluster):
         if method["kind"] not in (kinds or (*_BY_GRADIENTS, config.method.kind)):
@@ -44,7 +43,7 @@ def candidates_for(config: RunConfig, cluster: Cluster, kinds: tuple[str, ...] =
         other = _by_method(config, label, method)
         if other.why_not is None and (other.config.method, other.config.engine) == (config.method, config.engine):
             if found and found[0] is own:  # the same, under a better name
-                found[0] = own = Candidate(f"{label}, {OWN}", config, is_own=True)
+                found[0] = own = Candidate(label, config, is_own=True)
             continue
         found.append(other)
     return found
@@ -66,7 +65,7 @@ def _offers(config: RunConfig, cluster: Cluster) -> Iterator[tuple[str, dict[str
         yield label, {"kind": "compress", "compressor": compressor, "clip": "after"}
     inner = [level.name for level in cluster.levels[:-1] if level.size > 1]
     if inner:
-        for label in ("int4", "low rank 16"):
+        for label in ("int8", "int4"):
             method = {"kind": "compress", "compressor": compressors[label], "clip": "after", "exact_within": inner[-1]}
             yield f"{label} between {inner[-1]}s", method
     every = next((n for n in _LOCAL_STEPS if config.train.steps % n == 0), _LOCAL_STEPS[0])
