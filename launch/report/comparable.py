@@ -138,6 +138,8 @@ def _of_settings(runs: Sequence[Run]) -> Iterator[Difference]:
             for path in dict.fromkeys(path for tree in trees for path in tree)
             if path not in _LOSS and len({tree.get(path, _NOTHING) for tree in trees}) > 1
         ]
+        if f"{group}.kind" in paths:
+            paths = [f"{group}.kind"]  # one of another kind has other settings
         if paths:
             values = tuple(
                 ", ".join(f"{path.removeprefix(f'{group}.')} {tree[path]}" for path in paths if path in tree) or "none"

@@ -38,7 +38,7 @@ def new_figure(rows: int = 1, columns: int = 1, *, height: float = 4.2, **option
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 9.5,
         "axes.titlesize": 10.5,
         "axes.edgecolor": "#999999",
@@ -81,13 +81,32 @@ def style_of(number: int) -> str:
     return ("-", "--", ":")[min(2, number // len(RUN_COLOURS))]
 
 
-def legend_below(figure: Any, axes: Any, count: int) -> None:
-    """One legend for the whole figure, under it."""
+def legend_below(figure: Any, axes: Any) -> None:
+    """One legend for the whole figure, under it, in as few rows as its width allows."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        longest = max(len(label) for label in labels)
-        columns = max(1, min(count, int(_WIDTH_INCHES * 13 / (longest + 8))))
+        widths = [0.08 * len(label) + 0.6 for label in labels]  # about, in inches
+        columns = len(labels) if sum(widths) <= _WIDTH_INCHES else max(1, int(_WIDTH_INCHES / max(widths)))
         figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+
+
+def plain_log_axis(axes: Any) -> None:
+    """Powers on the y axis, with numbers written out; between them too, where there are few."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    wide = high > 100 * low
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter() if wide else StrMethodFormatter("{x:g}"))
+
+
+def whole_steps(axes: Any) -> None:
+    """The x axis counts steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def byte_unit(largest: float) -> tuple[float, str]:

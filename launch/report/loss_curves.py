@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from thinwire.launch.report.figure import byte_unit, colour_of, legend_below, new_figure, style_of, to_png
+from thinwire.launch.report.figure import (
+    byte_unit,
+    colour_of,
+    legend_below,
+    new_figure,
+    style_of,
+    to_png,
+    whole_steps,
+)
 from thinwire.launch.report.outcome import RunOutcome
 from thinwire.launch.report.run import Run
 
+_FAR_APART = 20  # of bytes that runs sent: more do not fit on a plain axis
 _MANY = 400  # steps from which on the thin line is a mean over some of them
 
 
@@ -18,24 +28,31 @@ def loss_figure(runs: Sequence[Run], outcomes: Sequence[RunOutcome]) -> bytes:
     """Three plots side by side, as PNG: training (thin) and validation loss (thick) over seconds, steps and bytes."""
     sent = [_sent(run) for run in runs]
     unit, name = byte_unit(max(totals[-1] for totals in sent))
+    in_all = sorted(totals[-1] for totals in sent)
+    far_apart = 0 < _FAR_APART * in_all[0] < in_all[-1]
     modelled = " (link modelled)" if outcomes[0].modelled else ""
     with new_figure(1, 3, height=4.4, sharey=True) as (figure, axes):
         over = axes[0]
         for number, (run, totals) in enumerate(zip(runs, sent, strict=True)):
             losses = run.numbers("loss")
-            for plot, x in zip(
-                over, (run.numbers("seconds"), run.numbers("step"), [t / unit for t in totals]), strict=True
-            ):
+            bytes_sent = [t / unit if t or not far_apart else math.nan for t in totals]
+            for plot, x in zip(over, (run.numbers("seconds"), run.numbers("step"), bytes_sent), strict=True):
                 evaluated = [i for i, record in enumerate(run.records) if "val_loss" in record]
                 _draw(plot, number, run.label, x, losses, evaluated, [run.records[i]["val_loss"] for i in evaluated])
         over[0].set_xlabel(f"seconds of the run{modelled}")
         over[1].set_xlabel("steps")
+        whole_steps(over[1])
         over[2].set_xlabel(f"{name} sent by one rank")
         over[0].set_ylabel(f"loss, nats per {_token(runs)}")
-        for plot in over:
+        for plot in over[:2]:
             plot.set_xlim(left=0)
+        if far_apart:
+            over[2].set_xscale("log")
+            over[2].xaxis.set_major_formatter("{x:g}")
+        else:
+            over[2].set_xlim(left=0)
         figure.suptitle("Loss (thin: training, thick: validation)", fontsize=11)
-        legend_below(figure, over[0], len(runs))
+        legend_below(figure, over[0])
         return to_png(figure)
 
 
@@ -89,9 +106,10 @@ def _draw(
 
 
 def _sent(run: Run) -> list[float]:
-    """Bytes sent until the end of each step."""
+    """Bytes sent until the end of each step; 0 until the method has sent something."""
     own, control = run.numbers("sent_bytes"), run.numbers("control_sent_bytes")
-    return list(accumulate(a + b for a, b in zip(own, control, strict=True)))
+    totals = accumulate(a + b for a, b in zip(own, control, strict=True))
+    return [total if so_far else 0.0 for total, so_far in zip(totals, accumulate(own), strict=True)]
 
 
 def _token(runs: Sequence[Run]) -> str:

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thinwire.launch.report.figure import colour_of, legend_below, new_figure, style_of, to_png
+from thinwire.launch.report.figure import (
+    colour_of,
+    legend_below,
+    new_figure,
+    plain_log_axis,
+    style_of,
+    to_png,
+    whole_steps,
+)
 from thinwire.launch.report.run import Run
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of the records, by dotted key, and its plot. log: the axis where all values are positive."""
+    """A number of the records, by dotted key, and its plot where there are two at least. log: if all are positive."""
 
     key: str
     title: str
@@ -20,7 +28,7 @@ class Measure:
 
 
 MEASURES = (
-    Measure("method.consensus_distance", "Consensus distance", "root mean square over the machines", log=True),
+    Measure("method.consensus_distance", "Consensus distance", "RMS over the machines", log=True),
     Measure("own_val_loss", "Validation loss of one machine's own model", "nats"),
     Measure("method.compression_error", "Compression error", "norm left out / norm given"),
     Measure("method.error_norm", "Error feedback: norm of what is remembered", "norm", log=True),
@@ -56,16 +64,18 @@ def measures_figure(runs: Sequence[Run]) -> bytes | None:
                     linewidth=1.3, label=run.label,
                 )  # fmt: skip
             axes.set_title(measure.title, loc="left")
+            axes.set_xlim(0, 1.02 * max(run.records[-1]["step"] for run in runs))
             axes.set_ylabel(measure.unit)
             axes.set_xlabel("step")
+            whole_steps(axes)
             if measure.log and positive:
-                axes.set_yscale("log")
+                plain_log_axis(axes)
         for axes in places[len(shown) :]:
             axes.set_visible(False)
-        legend_below(figure, places[0], 5)
+        legend_below(figure, places[0])
         return to_png(figure)
 
 
 def _is_told(run: Run, measure: Measure) -> bool:
     _, values = run.series(measure.key)
-    return bool(values) and (measure.key not in _BESIDES or len(set(values)) > 1)
+    return len(values) > 1 and (measure.key not in _BESIDES or len(set(values)) > 1)

@@ -16,6 +16,7 @@ class RunOutcome:
     """Times and bytes are those of the rank that wrote the records, per step, medians or means as named.
 
     seconds, losses: one point per step. validation: (seconds, loss in nats) of each evaluation; may be empty.
+    own_validation: of gossip, the loss of the machine that wrote, before it took the mean of all at the end.
     bits_per_byte, accuracy: of the last evaluation, where the data have them.
     compute_ms, exposed_ms, waiting_ms: medians of StepTimes; step_s_median: of their sum, without the first step, which
       also builds what later steps use again. step_s_mean: with it, and with steps in which a round ends.
@@ -29,6 +30,7 @@ class RunOutcome:
     seconds: tuple[float, ...]
     losses: tuple[float, ...]
     validation: tuple[tuple[float, float], ...]
+    own_validation: float | None
     bits_per_byte: float | None
     accuracy: float | None
     step_s_median: float
@@ -64,6 +66,7 @@ def outcome_of(run: Run) -> RunOutcome:
         seconds=tuple(run.numbers("seconds")),
         losses=tuple(run.numbers("loss")),
         validation=tuple((r["seconds"], r["val_loss"]) for r in evaluated),
+        own_validation=evaluated[-1].get("own_val_loss") if evaluated else None,
         bits_per_byte=evaluated[-1].get("val_bits_per_byte") if evaluated else None,
         accuracy=evaluated[-1].get("val_accuracy") if evaluated else None,
         step_s_median=statistics.median(times.total[first:]) / 1e3,
@@ -86,6 +89,8 @@ def rows_of(outcomes: Sequence[RunOutcome]) -> list[Row]:
     rows: list[Row] = []
     if any(o.validation for o in outcomes):
         rows.append(("validation loss, nats", lambda o: f"{o.validation[-1][1]:.4f}" if o.validation else "-"))
+    if any(o.own_validation is not None for o in outcomes):
+        rows.append(("  of one machine, before the merge", lambda o: _number(o.own_validation, "{:.4f}")))
     if any(o.bits_per_byte is not None for o in outcomes):
         rows.append(("validation loss, bits per byte", lambda o: _number(o.bits_per_byte, "{:.4f}")))
     if any(o.accuracy is not None for o in outcomes):

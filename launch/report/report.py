@@ -140,9 +140,8 @@ def _traced(run: Run, number: int, folder: Path) -> tuple[Section, list[Path]]:
         files.append(path)
         parts.insert(0, Picture(png, f"Step {step} of {run.label}, by rank"))
     told = run.facts.get("ranks")
-    few = f" Traces of {told - len(traces)} ranks are missing: they lie on their own hosts." * (
-        isinstance(told, int) and told > len(traces)
-    )
+    missing = told - len(traces) if isinstance(told, int) else 0
+    few = f" Traces of {missing} ranks are missing: they lie on their own hosts." if missing > 0 else ""
     caption = f"Hosts' clocks may differ by milliseconds. The profiler slows a traced step down.{few} Red: blocked."
     return Section(f"One step of {run.label}", parts, caption), files
 

@@ -16,6 +16,7 @@ from thinwire.launch.report.figure import (
     legend_below,
     new_figure,
     to_png,
+    whole_steps,
 )
 from thinwire.launch.report.run import Run
 from thinwire.launch.report.step_time import RankTimes, StepTimes, outside_steps_s, rank_times, step_times, waited_for
@@ -25,12 +26,13 @@ _KINDS = (
     ("exposed communication", EXPOSED),
     ("waiting for slower ranks", WAITING),
 )
+_ON_WHITE = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 _MOST_BARS = 64  # steps, or runs of neighbouring steps, in the plot of a run
 
 
 def time_figure(runs: Sequence[Run]) -> bytes:
     """One bar for each run: the mean seconds that a step takes of the run's time, by what they were spent on."""
-    with new_figure(height=1.7 + 0.42 * len(runs)) as (figure, grid):
+    with new_figure(height=1.9 + 0.42 * len(runs)) as (figure, grid):
         axes = grid[0][0]
         longest = 0.0
         for number, run in enumerate(runs):
@@ -48,16 +50,17 @@ def time_figure(runs: Sequence[Run]) -> bytes:
             axes.text(
                 left, number, f"  {sum(parts[:3]):.3g} s a step, {share:.0f} % blocked", va="center", fontsize=8.5
             )
+        figure.suptitle("Where the time of a step goes", fontsize=11)
         bottom_to_top(axes, [run.label for run in runs])
         axes.set_xlim(0, 1.32 * longest)
         axes.set_xlabel("seconds of the run per step, mean over all steps")
-        legend_below(figure, axes, 4)
+        legend_below(figure, axes)
         return to_png(figure)
 
 
 def steps_figure(runs: Sequence[Run]) -> bytes:
     """One plot for each run: compute, exposed communication and waiting of its steps, stacked."""
-    with new_figure(len(runs), 1, height=0.9 + 1.6 * len(runs)) as (figure, grid):
+    with new_figure(len(runs), 1, height=1.1 + 1.6 * len(runs)) as (figure, grid):
         for run, (axes,) in zip(runs, grid, strict=True):
             times, steps = step_times(run), [int(step) for step in run.numbers("step")]
             edges, parts = _bins(steps, times)
@@ -67,15 +70,18 @@ def steps_figure(runs: Sequence[Run]) -> bytes:
                 axes.bar(edges[:-1], heights, widths, below, align="edge", color=colour, linewidth=0, label=name)
                 below = [a + b for a, b in zip(below, heights, strict=True)]
             axes.set_xlim(edges[0], edges[-1])
-            steady = sorted(below[1:] or below)
-            axes.set_ylim(0, 1.15 * max(steady[int(0.98 * (len(steady) - 1))], 1.3 * statistics.median(steady)))
+            steady = below[1:] or below
+            axes.set_ylim(0, 1.15 * min(max(steady), 6 * statistics.median(steady)))
+            whole_steps(axes)
             axes.set_title(run.label, loc="left", fontsize=9.5)
             axes.set_ylabel("ms")
             if (first := below[0]) > axes.get_ylim()[1]:
-                axes.annotate(f"first: {first:.0f} ms", (edges[0], axes.get_ylim()[1]), (4, -11), fontsize=8,
-                              textcoords="offset points")  # fmt: skip
+                axes.text(
+                    edges[0], 0.97 * axes.get_ylim()[1], f" first: {first:.0f} ms", va="top", fontsize=8, bbox=_ON_WHITE
+                )
         grid[-1][0].set_xlabel("step")
-        legend_below(figure, grid[0][0], 3)
+        figure.suptitle("Time of the steps", fontsize=11)
+        legend_below(figure, grid[0][0])
         return to_png(figure)
 
 
@@ -92,7 +98,7 @@ def ranks_figure(runs: Sequence[Run]) -> bytes | None:
     if not known:
         return None
     heights = [max(1.5, 0.75 + 0.24 * min(24, len(ranks) or len(machines))) for _, ranks, machines in known]
-    with new_figure(len(known), 1, height=0.8 + sum(heights), height_ratios=heights) as (figure, grid):
+    with new_figure(len(known), 1, height=1.0 + sum(heights), height_ratios=heights) as (figure, grid):
         labelled = None
         for (run, ranks, machines), (axes,) in zip(known, grid, strict=True):
             axes.set_title(run.label, loc="left", fontsize=9.5)
@@ -104,8 +110,9 @@ def ranks_figure(runs: Sequence[Run]) -> bytes | None:
                 axes.barh(range(len(rows)), [s for _, s in rows], color=WAITING, height=0.62)
                 bottom_to_top(axes, [f"machine {rank}" for rank, _ in rows])
                 axes.set_xlabel("seconds that the machine which wrote the records has waited for this one")
+        figure.suptitle("Waiting for whom", fontsize=11)
         if labelled is not None:
-            legend_below(figure, labelled, 2)
+            legend_below(figure, labelled)
         return to_png(figure)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinwire.launch.report.figure import COMPUTE, EXPOSED, WAITING, bottom_to_top, new_figure, to_png
+from thinwire.launch.report.figure import COMPUTE, EXPOSED, WAITING, bottom_to_top, legend_below, new_figure, to_png
 from thinwire.launch.report.run import ReportError
 
 _PHASES = {"forward": COMPUTE, "backward": "#3f6f98", "optimizer": "#a9c7df"}
@@ -109,13 +109,14 @@ def timeline_figure(traces: Sequence[RankTrace]) -> tuple[int, bytes] | None:
     shown = [(trace, step) for trace in traces if (step := trace.step(number)) is not None][:_MOST_RANKS]
     began, ended = min(step.begin_s for _, step in shown), max(step.end_s for _, step in shown)
     kinds: dict[str, str] = {}
-    with new_figure(height=1.5 + 0.62 * len(shown)) as (figure, grid):
+    with new_figure(height=1.7 + 0.62 * len(shown)) as (figure, grid):
         axes = grid[0][0]
         labels: list[str] = []
         for trace, _ in shown:
-            above, below = len(labels), len(labels) + 1
-            labels += [f"rank {trace.rank}", "its exchanges"]
             inside = [span for span in trace.spans if span.end_s > began and span.begin_s < ended]
+            above, below = len(labels), len(labels) + 1
+            exchanges = any(span.name.startswith(_EXCHANGE) for span in inside)
+            labels += [f"rank {trace.rank}", *(["its exchanges"] if exchanges else [])]
             for span in sorted(inside, key=lambda s: s.begin_s):
                 colour, place, height = _look(span.name, kinds)
                 if colour is None:
@@ -124,10 +125,12 @@ def timeline_figure(traces: Sequence[RankTrace]) -> tuple[int, bytes] | None:
                 axes.barh(below if place else above, width, left=left, height=height, color=colour, linewidth=0)
         for name, colour in {**_PHASES, "blocked": WAITING, **kinds}.items():
             axes.barh(0, 0, color=colour, label=name)
+        axes.set_ylim(-0.6, len(labels) - 0.4)
         bottom_to_top(axes, labels)
         axes.set_xlim(0, 1e3 * (ended - began))
         axes.set_xlabel(f"ms of step {number}, by the hosts' own clocks")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        figure.suptitle(f"Step {number}, by rank", fontsize=11)
+        legend_below(figure, axes)
         return number, to_png(figure)
 
 

@@ -69,14 +69,15 @@ def traffic_figure(runs: Sequence[Run]) -> bytes | None:
         by_level: dict[str, dict[str, float]] = defaultdict(dict)
         for row in traffic_of(run):
             if row.sent_bytes:
-                by_level[row.level][row.operation] = row.sent_bytes
+                name = "control" if row.operation.startswith("control/") else row.operation
+                by_level[row.level][name] = by_level[row.level].get(name, 0.0) + row.sent_bytes
         for level, sent in by_level.items():
             bars.append((f"{run.label}: {level}", sent))
     if not bars:
         return None
     names = list(dict.fromkeys(operation for _, sent in bars for operation in sent))
     unit, unit_name = byte_unit(max(sum(sent.values()) for _, sent in bars))
-    with new_figure(height=1.6 + 0.4 * len(bars)) as (figure, grid):
+    with new_figure(height=1.8 + 0.4 * len(bars)) as (figure, grid):
         axes = grid[0][0]
         longest = max(sum(sent.values()) for _, sent in bars) / unit
         for number, name in enumerate(names):
@@ -93,5 +94,6 @@ def traffic_figure(runs: Sequence[Run]) -> bytes | None:
         bottom_to_top(axes, [label for label, _ in bars])
         axes.set_xlim(0, 1.18 * longest)
         axes.set_xlabel(f"{unit_name} that one rank sends per step, mean over all steps (payload, metered)")
-        legend_below(figure, axes, 4)
+        figure.suptitle("Bytes by level and operation", fontsize=11)
+        legend_below(figure, axes)
         return to_png(figure)
