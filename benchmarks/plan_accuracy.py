@@ -11,7 +11,6 @@ is there is not made again.
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,8 +79,9 @@ def probed(folder: Path, machine: Machine, rate_bps: float) -> Cluster:
         print(f"--- probe of {machine.hosts} hosts x {machine.ranks_per_host} at {format_rate(rate_bps)}", flush=True)
         settings = ["world.threads=1", "world.timeout_s=300", "--json", str(path)]
         command = [sys.executable, "-m", "thinwire", "probe", str(CONFIGS / "demo.yaml"), *settings]
-        with Lab(machine.hosts, rate_bps, ranks_per_host=machine.ranks_per_host) as lab:
-            run = lab.start(command, output="rank0", stdout=subprocess.DEVNULL)
+        lab = Lab(machine.hosts, rate_bps, ranks_per_host=machine.ranks_per_host)
+        with lab, path.with_suffix(".txt").open("w") as said:
+            run = lab.start(command, output="rank0", stdout=said)
             if code := run.wait(300):
                 raise SystemExit("\n".join([f"the probe failed with exit code {code}", *run.report()]))
     return load_cluster(path)

@@ -103,11 +103,14 @@ class Coding:
     """Encoding and decoding that an exchange does on this rank, where its bytes wait for it.
 
     codec: see codec_label(). encoded, decoded: elements of the tensors, whatever is kept of them.
+    encodes, decodes: calls for all of them, each of which takes some time whatever its size.
     """
 
     codec: str
     encoded: int
     decoded: int
+    encodes: int = 1
+    decodes: int = 1
 
 
 @dataclass(frozen=True)

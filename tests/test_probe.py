@@ -275,8 +275,8 @@ def test_processors_that_ranks_share(probed: tuple[Probe, Path]) -> None:
     """What an exchange takes from computing: its bytes' share, and its coding where there is no second processor."""
     cluster = probed[0].cluster
     assert cluster.measured is not None
-    speeds = {"c": CodecSpeed(encode_s=1e-6, decode_s=2e-6, call_s=1e-3)}
-    exchange = Exchange("x", {"world": 1000}, 3, {"world": 1}, "backward", coding=(Coding("c", 1000, 500),))
+    speeds = {"c": CodecSpeed(encode_s=1e-6, decode_s=2e-6, encode_call_s=0.25e-3, decode_call_s=0.25e-3)}
+    exchange = Exchange("x", {"world": 1000}, 3, {"world": 1}, "backward", coding=(Coding("c", 1000, 500, 1, 3),))
     for cores, lost in ((0.5, 3e-3), (1.0, 3e-3), (1.5, 1e-3), (2.0, 0.0), (8.0, 0.0)):
         update = {"cores_per_rank": cores, "cpu_s_per_byte": 1e-7, "codecs": speeds}
         measured = cluster.measured.model_copy(update=update)

@@ -68,7 +68,7 @@ class Lane:
         Args:
             fused: whether the encoder also writes what is left over, so that nobody need decode it again.
         """
-        sent = self.sent_bytes(rank, size)
+        sent, count = self.sent_bytes(rank, size), len(self.shapes)
         match self.collective:
             case TwoShotMean():
                 return [Stage(sent, 2)]
@@ -85,24 +85,26 @@ class Lane:
                     *(Stage(to, s.shots, s.coding, s.exact) for to, s in zip(renamed, between, strict=True)),
                 ]
             case LowRankMean():
-                coding = self._coding(self.collective.settings, self.numel, self.numel)
+                alike = len(set(self.shapes.values()))
+                coding = self._coding(self.collective.settings, self.numel, self.numel, alike, alike)
                 return [Stage(sent, 2 * self.collective.means(self.shapes), coding)]
             case LeaderIndices():
                 drawn = isinstance(self.collective.compressor, RandK)
-                coding = self._coding(self.collective.compressor, self.numel, 0)
+                coding = self._coding(self.collective.compressor, self.numel, 0, count, 0)
                 return [Stage(sent, 2 if drawn else 5, coding, exact=drawn)]
             case Balanced():
-                coding = self._coding(self.collective.compressor, self.numel, 3 * self.numel)
+                coding = self._coding(self.collective.compressor, self.numel, 3 * self.numel, count, 3 * count)
                 return [Stage(sent, 4, coding, exact=False)]
             case AllGather():
                 codec = self.collective.compressor
-                coding = self._coding(codec, self.numel, size * self.numel)
+                coding = self._coding(codec, self.numel, size * self.numel, count, size * count)
                 return [Stage(sent, 1 if codec.fixed_size else 2, coding, codec.fixed_size)]
             case TwoShot():
                 slice_numel = self.collective.splits(self.numel, size)[rank]
                 again = 0 if fused else self.numel
                 decoded = size * slice_numel + self.numel + again
-                coding = self._coding(self.collective.compressor, self.numel + slice_numel, decoded)
+                calls = size + 1, (2 if fused else 3) * size
+                coding = self._coding(self.collective.compressor, self.numel + slice_numel, decoded, *calls)
                 return [Stage(sent, 2, coding)]
             case _:
                 raise AssertionError(f"{type(self.collective).__name__} is not known here")
@@ -118,5 +120,5 @@ class Lane:
                 return 0
 
     @staticmethod
-    def _coding(codec: Compressor, encoded: int, decoded: int) -> tuple[Coding, ...]:
-        return (Coding(codec_label(codec), encoded, decoded),)
+    def _coding(codec: Compressor, encoded: int, decoded: int, encodes: int, decodes: int) -> tuple[Coding, ...]:
+        return (Coding(codec_label(codec), encoded, decoded, encodes, decodes),)

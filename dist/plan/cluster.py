@@ -96,11 +96,12 @@ class Device(Settings):
 
 
 class CodecSpeed(Settings):
-    """Seconds per element on one rank while all ranks work, and of one call whatever its size."""
+    """Seconds per element on one rank while all ranks work, and in addition of one call whatever its size."""
 
     encode_s: float = Field(ge=0)
     decode_s: float = Field(ge=0)
-    call_s: float = Field(0.0, ge=0)
+    encode_call_s: float = Field(0.0, ge=0)
+    decode_call_s: float = Field(0.0, ge=0)
 
 
 class ComputeSpeed(Settings):

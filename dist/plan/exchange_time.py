@@ -55,5 +55,6 @@ def coding_s(exchange: Exchange, cluster: Cluster) -> float:
     total = 0.0
     for coding in exchange.coding:
         if (speed := speeds.get(coding.codec)) is not None:
-            total += coding.encoded * speed.encode_s + coding.decoded * speed.decode_s + speed.call_s
+            total += coding.encoded * speed.encode_s + coding.encodes * speed.encode_call_s
+            total += coding.decoded * speed.decode_s + coding.decodes * speed.decode_call_s
     return total

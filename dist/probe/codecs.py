@@ -63,8 +63,15 @@ def measure_codecs(lockstep: Lockstep, compressors: Iterable[Compressor]) -> lis
         large = _seconds(lockstep, compressor, _LARGE)
         small = _seconds(lockstep, compressor, _SMALL)
         per_element = [max(0.0, (a - b) / (_LARGE - _SMALL)) for a, b in zip(large, small, strict=True)]
-        call_s = sum(max(0.0, b - _SMALL * each) for b, each in zip(small, per_element, strict=True))
-        speeds.append(CodecSpeed(encode_s=per_element[0], decode_s=per_element[1], call_s=call_s))
+        per_call = [max(0.0, b - _SMALL * each) for b, each in zip(small, per_element, strict=True)]
+        speeds.append(
+            CodecSpeed(
+                encode_s=per_element[0],
+                decode_s=per_element[1],
+                encode_call_s=per_call[0],
+                decode_call_s=per_call[1],
+            )
+        )
     return speeds
 
 

@@ -92,7 +92,7 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     clock.lap("codecs")
     hosts = tuple(world.hosts[rank] for rank in world.mesh.order)
     cluster = Cluster(
-        name=f"probe of {len(set(hosts))} hosts",
+        name=f"probe of {_some(list(dict.fromkeys(hosts)))}",
         levels=levels,
         device=Device(
             name=_device_name(world),
@@ -172,6 +172,11 @@ def _utilisation(subject: Subject, speed: ComputeSpeed, flops: float) -> float:
     done = trace.forward_flops + (trace.backward_flops if speed.backward_s else 0)
     reached = done / max(speed.forward_s + speed.backward_s, 1e-9)
     return min(1.0, max(_LEAST_UTILISATION, reached / flops))
+
+
+def _some(names: list[str]) -> str:
+    """All of a few, the first and the last of many."""
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} to {names[-1]} ({len(names)} hosts)"
 
 
 def _device_name(world: World) -> str:

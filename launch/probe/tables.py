@@ -115,7 +115,7 @@ def _levels(cluster: Cluster) -> Table:
 
 def _codecs(cluster: Cluster) -> Table:
     table = Table()
-    for name in ("compressor", "encode", "decode", "us per call"):
+    for name in ("compressor", "encode", "decode", "encode call us", "decode call us"):
         table.add_column(name, justify="left" if name == "compressor" else "right")
     assert cluster.measured is not None
     for codec, speed in cluster.measured.codecs.items():
@@ -123,7 +123,11 @@ def _codecs(cluster: Cluster) -> Table:
         kind = settings.pop("kind")
         given = " ".join(f"{key}={value}" for key, value in settings.items())
         table.add_row(
-            f"{kind} {given}".strip(), _millions(speed.encode_s), _millions(speed.decode_s), f"{1e6 * speed.call_s:.0f}"
+            f"{kind} {given}".strip(),
+            _millions(speed.encode_s),
+            _millions(speed.decode_s),
+            f"{1e6 * speed.encode_call_s:.0f}",
+            f"{1e6 * speed.decode_call_s:.0f}",
         )
     return table
 
