@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import thinwire.dist.models.grouped_product  # noqa: F401  defines the operators that are counted here
 from thinwire.comm.partition.blocks import find_blocks
+from thinwire.dist.models.gpt import GPT
+from thinwire.dist.plan.equal_blocks import Counted, extend, has_equal_blocks
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,32 @@ def trace_step(
     """
     names = {id(p): name for name, p in (network or model).named_parameters()}
     order = [names[id(p)] for p in model.parameters()]
-    with FakeTensorMode() as mode:
-        twin = _without_memory(model, mode)
-        fake = {"inputs": _like(inputs), "targets": _like(targets)}
-        named = {id(p): name for name, p in zip(order, twin.parameters(), strict=True)}
-        return _Tracer(twin, named).run(fake["inputs"], fake["targets"], context)
+
+    def count(blocks: int | None) -> Counted:
+        with FakeTensorMode():
+            twin = _without_memory(model)
+            named = {id(p): name for name, p in zip(order, twin.parameters(), strict=True)}
+            if blocks is not None:
+                assert isinstance(twin, GPT)
+                twin.blocks = twin.blocks[:blocks]
+            return _Tracer(twin, named).run(_like(inputs), _like(targets), context)
+
+    if isinstance(model, GPT) and has_equal_blocks(model):
+        return step_trace(extend(count(1), count(2), len(model.blocks)))
+    return step_trace(count(None))
+
+
+def step_trace(counted: Counted) -> StepTrace:
+    """Shares of what was counted."""
+    forward, backward = counted.forward_flops, counted.backward_flops
+    return StepTrace(
+        forward,
+        backward,
+        tuple((name, at / backward if backward else 1.0) for name, at in counted.ready),
+        counted.activation_bytes,
+        tuple((name, at / forward if forward else 0.0) for name, at in counted.used),
+        tuple(BlockTrace(*block) for block in counted.blocks),
+    )
 
 
 class _Tracer:
@@ -99,9 +122,9 @@ class _Tracer:
         self._came: list[tuple[str, int]] = []
         self._used: dict[str, int] = {}
         self._open: list[tuple[int, int, int]] = []
-        self._blocks: list[BlockTrace] = []
+        self._blocks: list[tuple[int, int, int]] = []
 
-    def run(self, inputs: Any, targets: Tensor, context: Callable[[], AbstractContextManager[Any]]) -> StepTrace:
+    def run(self, inputs: Any, targets: Tensor, context: Callable[[], AbstractContextManager[Any]]) -> Counted:
         model, counter = self._model, self._counter
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -120,9 +143,8 @@ class _Tracer:
             if any(parameter.requires_grad for parameter in model.parameters()):
                 loss.backward()
             backward = counter.get_total_flops() - forward
-        ready = tuple((name, (at - forward) / backward if backward else 1.0) for name, at in self._came)
-        used = tuple((name, at / forward if forward else 0.0) for name, at in self._used.items())
-        return StepTrace(forward, backward, ready, activation_bytes, used, tuple(self._blocks))
+        ready = [(name, at - forward) for name, at in self._came]
+        return Counted(forward, backward, ready, activation_bytes, list(self._used.items()), self._blocks)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
@@ -146,10 +168,10 @@ class _Tracer:
     def _close_block(self, block: nn.Module, arguments: Any, output: Any) -> None:
         flops, kept, input_bytes = self._open.pop()
         now = sum(self._kept.values())
-        self._blocks.append(BlockTrace(self._counter.get_total_flops() - flops, now - kept, input_bytes))
+        self._blocks.append((self._counter.get_total_flops() - flops, now - kept, input_bytes))
 
 
-def _without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def _without_memory(model: nn.Module) -> nn.Module:
     """A copy on the CPU, whose tensors have no memory."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
