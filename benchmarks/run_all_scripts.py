@@ -37,7 +37,7 @@ SCRIPTS = (
         "scaling", ("--afresh", "--timed", "4", "--hosts", "1", "2", "4", "--only", "fp32", "low rank"), 240, plots=True
     ),
     Script("plan_accuracy", ("--rates", "100mbit", "--ranks-per-host", "1", "--only", "int8", "rank"), 240, plots=True),
-    Script("plan_recommendation", (), 45, plots=True),
+    Script("plan_recommendation", (), 45),
     Script("two_shot", ("--repeats", "3"), 60),
     Script("queue_overhead", ("--repeats", "7"), 45),
     Script("lab_accuracy", ("--repeats", "2"), 45, ("--repeats", "1"), 45),
@@ -63,7 +63,7 @@ SCRIPTS = (
     # Sharding.
     Script("partition_bytes", ("--hosts", "2", "--micro-batches", "1", "--only", "thinwire"), 60, plots=True),
     Script("partition_difference", ("--steps", "100"), 60, plots=True),
-    Script("partition_frontier", (), 45, plots=True),
+    Script("simulate_frontier", ("--no-triples",), 90, plots=True),
     Script("partition_memory", ("--triples", "rank,rank,world", "node,node,world"), 90, plots=True),
     Script("partition_throughput", ("--rates", "100mbit", "--timed", "2"), 150, plots=True),
     # Mixtures of experts.

@@ -5,14 +5,14 @@
 Times steps of the GPT of configs/demo.yaml on so many emulated hosts: weak, with 4 sequences per host, and strong, with
 16 in all. The hosts share this machine's processors, so the ideal is not one host's step: it is that of as many hosts
 that train models of their own and send nothing. Efficiency = the ideal's seconds per step / the way's. `predicted` is
-what dist/plan says, given the ideal's seconds, the links and this machine's cores; codecs count as free there.
+what a plan says from one `thinwire probe` of these hosts and the ideal's seconds.
 
-Runs are kept in --keep: a run that is there is not made again.
+Runs are kept in --keep and probes beside it: what is there is not made again.
 """
 
 from __future__ import annotations
 
-import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from runner import Row, arguments, report
 
 from thinwire.comm.units import format_rate, parse_rate
 from thinwire.dist.config import RunConfig, load_config
-from thinwire.dist.plan.cluster import Cluster, ComputeSpeed, Device, LinkLevel, Measured
-from thinwire.dist.plan.prediction import compute_digest, predict, subject_of
+from thinwire.dist.plan.cluster import Cluster, ComputeSpeed, load_cluster
+from thinwire.dist.plan.prediction import compute_digest, predict
+from thinwire.launch.lab import Lab
 
 PER_HOST, IN_ALL = 4, 16
 STEPS = 60
 EVERY = 5
-TCP_SHARE = 0.947  # of the rate: 1448 bytes of 1514, and acknowledgements
-LATENCY_S = 200e-6  # of a small message between two processes that share processors
 ALONE = Way("alone", peer="alone")
 WAYS = (
     Way("all-reduce fp32", ("method.dtype=fp32",)),
@@ -61,9 +60,14 @@ def main() -> None:
     runs = LabRuns(options.keep, timed_steps=options.timed, afresh=options.afresh)
     rows: list[Row] = []
     for hosts in options.hosts:
+        # One host sends nothing, whatever the way.
+        cluster = probe(options.keep.parent, hosts, rate_bps, afresh=options.afresh) if hosts > 1 else None
         for scaling, batch in (("weak", PER_HOST * hosts), ("strong", IN_ALL)):
             ideal = timed(runs, ALONE, hosts, batch, rate_bps)
-            rows += [row(runs, way, scaling, hosts, batch, rate_bps, ideal) for way in ways]
+            for way in ways:
+                step_s = timed(runs, way, hosts, batch, rate_bps) if hosts > 1 else ideal
+                foretold_s = predicted(way, batch, ideal, cluster) if cluster else ideal
+                rows.append(row(way, scaling, hosts, batch, rate_bps, (ideal, step_s, foretold_s)))
         report(str(__doc__).splitlines()[0], rows, device=torch.device("cpu"), path=options.json)
     if options.plot:
         draw(rows, options.hosts, options.rate, options.plot)
@@ -78,10 +82,9 @@ def timed(runs: LabRuns, way: Way, hosts: int, batch: int, rate_bps: float) -> f
     return outcome.timings[rate_bps].seconds
 
 
-def row(runs: LabRuns, way: Way, scaling: str, hosts: int, batch: int, rate_bps: float, ideal_s: float) -> Row:
-    # One host sends nothing, whatever the way.
-    step_s = timed(runs, way, hosts, batch, rate_bps) if hosts > 1 else ideal_s
-    predicted_s = predicted(way, hosts, batch, rate_bps, ideal_s) if hosts > 1 else ideal_s
+def row(way: Way, scaling: str, hosts: int, batch: int, rate_bps: float, seconds: tuple[float, float, float]) -> Row:
+    """seconds: ideal, measured and predicted, per step."""
+    ideal_s, step_s, predicted_s = seconds
     return {
         "scaling": scaling,
         "hosts": hosts,
@@ -96,31 +99,42 @@ def row(runs: LabRuns, way: Way, scaling: str, hosts: int, batch: int, rate_bps:
     }
 
 
-def predicted(way: Way, hosts: int, batch: int, rate_bps: float, ideal_s: float) -> float:
+def predicted(way: Way, batch: int, ideal_s: float, cluster: Cluster) -> float:
     """What the plan says, knowing what computing alone takes here."""
     config = load_config(CONFIGS / way.config, [f"train.global_batch={batch}", "world.threads=1", *way.overrides])
-    return predict(config, emulated(config, hosts, rate_bps, ideal_s)).time.step_s
+    return predict(config, with_compute(cluster, config, ideal_s)).time.step_s
 
 
-def emulated(config: RunConfig, hosts: int, rate_bps: float, ideal_s: float) -> Cluster:
-    """The lab as a cluster. A step's seconds are shared out by the operations of its passes."""
-    micro_batch, _ = config.train.share(hosts)
-    trace = subject_of(config, hosts).trace
-    forward = trace.forward_flops / (trace.forward_flops + trace.backward_flops)
+def with_compute(cluster: Cluster, config: RunConfig, ideal_s: float) -> Cluster:
+    """The cluster with the seconds of a step that sends nothing, shared out as the probe has found for its batch."""
+    assert cluster.measured is not None
+    probed = cluster.measured.computes[0]
+    whole_s = probed.forward_s + probed.backward_s + probed.optimizer_s
+    micro_batch, _ = config.train.share(cluster.size)
     compute = ComputeSpeed(
         config=compute_digest(config, micro_batch),
         micro_batch=micro_batch,
-        forward_s=forward * ideal_s,
-        backward_s=(1 - forward) * ideal_s,
-        optimizer_s=0.0,
+        forward_s=ideal_s * probed.forward_s / whole_s,
+        backward_s=ideal_s * probed.backward_s / whole_s,
+        optimizer_s=ideal_s * probed.optimizer_s / whole_s,
     )
-    cores = (os.cpu_count() or 1) / hosts
-    names = tuple(f"host{rank}" for rank in range(hosts))
-    return Cluster(
-        levels=(LinkLevel(name="world", size=hosts, link_bps=TCP_SHARE * rate_bps, latency_s=LATENCY_S),),
-        device=Device(memory_bytes=4e9, peak_flops=1e11),
-        measured=Measured(hosts=names, cores_per_rank=cores, computes=(compute,)),
-    )
+    measured = cluster.measured.model_copy(update={"computes": (compute,)})
+    return cluster.model_copy(update={"measured": measured})
+
+
+def probe(folder: Path, hosts: int, rate_bps: float, *, afresh: bool) -> Cluster:
+    """What `thinwire probe` says of so many hosts, from the folder if it is there."""
+    path = folder / f"scaling_probe_{hosts}_{format_rate(rate_bps)}.json"
+    if afresh or not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        print(f"--- probe of {hosts} hosts at {format_rate(rate_bps)}", flush=True)
+        settings = [f"train.global_batch={PER_HOST * hosts}", "world.threads=1", "--json", str(path)]
+        command = [sys.executable, "-m", "thinwire", "probe", str(CONFIGS / "demo.yaml"), *settings]
+        with Lab(hosts, rate_bps) as lab, path.with_suffix(".txt").open("w") as said:
+            run = lab.start(command, output="rank0", stdout=said)
+            if code := run.wait(300):
+                raise SystemExit("\n".join([f"the probe failed with exit code {code}", *run.report()]))
+    return load_cluster(path)
 
 
 def draw(rows: Sequence[Row], hosts: Sequence[int], rate: str, path: Path) -> None:

@@ -225,11 +225,20 @@ def test_environments_are_made_once_and_again_for_other_versions(
             environments.python_of("two")
 
 
-def test_a_cluster_of_emulated_hosts_has_the_seconds_that_were_measured(benchmarks: None) -> None:
+def test_a_prediction_of_scaling_takes_the_seconds_that_were_measured(benchmarks: None) -> None:
     scaling, config = module("scaling"), module("thinwire.dist.config")
+    cluster = module("thinwire.dist.plan.cluster")
+    probed = cluster.Cluster(
+        levels=(cluster.LinkLevel(name="world", size=2, link_bps=1e8),),
+        device=cluster.Device(memory_bytes=1e9, peak_flops=1e10),
+        measured=cluster.Measured(
+            hosts=("a", "b"),
+            cores_per_rank=2.0,
+            computes=(cluster.ComputeSpeed(config="", micro_batch=4, forward_s=1.0, backward_s=2.0, optimizer_s=1.0),),
+        ),
+    )
+    assert scaling.predicted(scaling.ALONE, 8, 0.75, probed) > 0.75
     loaded = config.load_config(scaling.CONFIGS / "demo.yaml", ["train.global_batch=8", "world.threads=1"])
-    cluster = scaling.emulated(loaded, 2, 1e8, ideal_s=0.75)
-    foretold = module("thinwire.dist.plan.prediction").predict(loaded, cluster)
+    foretold = module("thinwire.dist.plan.prediction").predict(loaded, scaling.with_compute(probed, loaded, 0.75))
     assert foretold.compute_from == "measured by the probe"
     assert foretold.time.compute_s == pytest.approx(0.75)
-    assert foretold.time.step_s > 0.75

@@ -7,14 +7,16 @@ What a peer needs and this environment has not goes into build/peers/NAME; torch
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+SETUPTOOLS = "84.2.1"
 ROOT = Path(__file__).resolve().parent.parent.parent / "build" / "peers"
 PACKAGES = {
-    "deepspeed": ("deepspeed==0.19.2",),
+    "deepspeed": ("deepspeed==0.19.8",),
     "hivemind": ("hivemind==1.1.12",),
     "torchft": ("torchft-nightly==2026.10.26",),
 }
@@ -53,7 +55,12 @@ def python_of(name: str) -> str:
     above = sysconfig.get_path("purelib")
     (site / "thinwire-main.pth").write_text(f"import site; site.addsitedir({above!r})\n")
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    _run([*install, "--no-build-isolation", *PACKAGES[name]], name)
+    # A new environment's own is too old to build the packages that are no wheels.
+    _run([*install, f"setuptools=={SETUPTOOLS}"], name)
+    pinned = folder / "constraints.txt"
+    pinned.write_text(f"torch=={importlib.metadata.version('torch')}\n")
+    # DeepSpeed's set-up looks for torch, which is not in an isolated build.
+    _run([*install, "--no-build-isolation", "--constraint", str(pinned), *PACKAGES[name]], name)
     stamp.write_text(wanted)
     return str(python)
 
@@ -61,8 +68,9 @@ def python_of(name: str) -> str:
 def _run(command: list[str], name: str) -> str:
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing"]
-        raise EnvironmentFailedError(f"{PACKAGES[name][0]} cannot be installed: {said[-1].strip()[:400]}")
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip said nothing"]
+        errors = [line for line in lines if line.lower().startswith("error")] or lines[-1:]
+        raise EnvironmentFailedError(f"{PACKAGES[name][0]} cannot be installed: {' / '.join(errors)[:400]}")
     return done.stdout
 
 
