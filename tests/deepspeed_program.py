@@ -24,8 +24,10 @@ from torch import nn
 from thinwire.comm.allreduce import AllReduceSettings, allreduce
 from thinwire.comm.balance.balance import LoadBalance
 from thinwire.comm.errors import NonFiniteGradientError
+from thinwire.comm.forecast import Parameter, seat_of
 from thinwire.dist.engine.ddp import DDPEngine, DDPSettings, wrap_ddp
 from thinwire.dist.engine.deepspeed import DeepSpeedEngine, DeepSpeedSettings
+from thinwire.dist.engine.deepspeed_forecast import forecast_deepspeed
 from thinwire.dist.engine.engine import Engine
 from thinwire.dist.mesh import LevelSettings, MeshSettings
 from thinwire.dist.models.moe import MoEGPT, MoESettings
@@ -219,6 +221,29 @@ def balance_pulls_as_under_ddp(world: World) -> None:
         queue.close()
 
 
+def forecasts_are_what_is_sent(world: World) -> None:
+    """In each stage, with weights that stay whole, that are kept from forward to backward, and that are not."""
+    seat = seat_of([("node", 2), ("world", RANKS)], world.rank)
+    kept = {"stage": 3, "persist_below": 100}
+    for stage in ({"stage": 0}, {"stage": 2}, kept, HPZ):
+        model = new_model()
+        known = {p: Parameter(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+        groups = [[known[p] for p in group["params"]] for group in plan_optimizer(ADAMW, model).groups]
+        frozen = [parameter for parameter in known.values() if not parameter.trained]
+        forecast = forecast_deepspeed(
+            DeepSpeedSettings.model_validate(stage),
+            AllReduceSettings(),
+            groups,
+            frozen,
+            seat,
+            micro_batches=MICRO_BATCHES,
+        )
+        engine = new_engine(world, model=model, **stage)
+        train(engine, world, range(2))
+        assert engine.method.predicted_bytes() == forecast.bytes_per_step(), stage
+        engine.close()
+
+
 SCENARIOS: Sequence[Callable[[World], None]] = (
     every_stage_equals_ddp,
     a_run_resumes_bit_for_bit_and_in_another_stage,
@@ -226,6 +251,7 @@ SCENARIOS: Sequence[Callable[[World], None]] = (
     quantised_wires_train_and_leave_all_ranks_the_same_weights,
     what_cannot_work_is_refused,
     balance_pulls_as_under_ddp,
+    forecasts_are_what_is_sent,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import threading
@@ -35,9 +36,11 @@ from thinwire.comm.method import Method
 from thinwire.dist.config import RunConfig, load_config
 from thinwire.dist.engine.build import build_engine
 from thinwire.dist.models import build_model
+from thinwire.dist.models.gpt import GPTSettings
 from thinwire.dist.plan.forecasts import Subject, forecast_run
 from thinwire.dist.plan.prediction import subject_of
 from thinwire.dist.task import choose_parameters
+from thinwire.dist.world import World
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 LEVELS = (("node", 2), ("world", 4))
@@ -207,15 +210,17 @@ def small(path: Path, *overrides: str) -> RunConfig:
 
 
 def of_gradients() -> dict[str, RunConfig]:
-    """Every configuration of these methods, and some more ways to train."""
-    found = {}
+    """Every configuration of these methods, but those alike in what matters here, and some more ways to train."""
+    found: dict[str, RunConfig] = {}
+    seen = set()
     for path in CONFIGS:
-        config = load_config(path)
-        kind, experts = config.method.kind, config.model.kind == "moe"
-        if kind in ("allreduce", "compress", "local_sgd") and config.engine.kind == "ddp" and not experts:
-            found[path.stem] = small(path)
-    plain, topk = CONFIGS[0].parent / "gpt_0.8m.yaml", CONFIGS[0].parent / "compress_topk.yaml"
-    diloco = CONFIGS[0].parent / "diloco.yaml"
+        given = load_config(path)
+        if given.method.kind in ("allreduce", "compress", "local_sgd") and given.engine.kind == "ddp":
+            config = small(path, "balance=null")
+            if (key := (config.method, config.engine, type(config.optimizer))) not in seen:
+                found[path.stem] = config
+            seen.add(key)
+    plain, topk, diloco = (CONFIGS[0].parent / f"{name}.yaml" for name in ("gpt_3m", "compress_topk", "diloco"))
     found["one bucket"] = small(plain, "engine.bucket_mb=25")
     found["frozen"] = small(plain, 'train.parameters=["blocks.1.*"]')
     found["momentum"] = small(plain, "optimizer={kind: sgd, lr: 0.1, momentum: 0.9}")
@@ -226,6 +231,11 @@ def of_gradients() -> dict[str, RunConfig]:
 
 
 RUNS = of_gradients()
+
+
+@functools.cache
+def initial(settings: GPTSettings) -> nn.Module:
+    return build_model(settings, tokenizer_vocab=256, seed=0, device=torch.device("cpu"))
 
 
 @functools.cache
@@ -243,10 +253,12 @@ def test_configurations_send_and_keep_what_was_foretold() -> None:
 
     def work(rank: TorchRank) -> dict[str, tuple[Sent, Sent, dict[str, int], dict[str, int]]]:
         found = {}
+        world = torch_world(rank)
         for name, subject in subjects.items():
             forecast = forecast_run(subject, SEATS[rank.rank])
-            sent, kept = train(subject.config, rank)
+            sent, kept = train(subject.config, world)
             found[name] = bytes_of(forecast, STEPS - 1), sent, dict(forecast.memory_bytes), kept
+        close_world(world)
         return found
 
     for rank, found in enumerate(run_torch_ranks([size for _, size in LEVELS], work, names=[n for n, _ in LEVELS])):
@@ -261,15 +273,13 @@ def test_configurations_send_and_keep_what_was_foretold() -> None:
             assert set(memory) - set(kept) <= {"grads", "buffers"}, where
 
 
-def train(config: RunConfig, rank: TorchRank) -> tuple[Sent, dict[str, int]]:
+def train(config: RunConfig, world: World) -> tuple[Sent, dict[str, int]]:
     """What the steps after the first have sent, and bytes by state after them."""
-    world = torch_world(rank)
-    with _seeding:
-        model = build_model(config.model, tokenizer_vocab=256, seed=0, device=torch.device("cpu"))
+    model = copy.deepcopy(initial(config.model))
     choose_parameters(model, config.train.parameters)
-    _, micro_batches = config.train.share(rank.size)
+    _, micro_batches = config.train.share(world.size)
     engine = build_engine(config, model, world, micro_batches=micro_batches)
-    generator = torch.Generator().manual_seed(rank.rank)
+    generator = torch.Generator().manual_seed(world.rank)
     before: Sent = {}
     for step in range(STEPS):
         if step == 1:
@@ -287,7 +297,6 @@ def train(config: RunConfig, rank: TorchRank) -> tuple[Sent, dict[str, int]]:
         **kept_by(engine.method),
     }
     engine.close()
-    close_world(world)
     return sent, kept
 
 
@@ -317,9 +326,7 @@ def test_scratch_is_that_of_the_largest_bucket() -> None:
 
     def work(rank: TorchRank) -> tuple[int, int]:
         world = torch_world(rank)
-        with _seeding:
-            model = build_model(subject.config.model, tokenizer_vocab=256, seed=0, device=torch.device("cpu"))
-        engine = build_engine(subject.config, model, world, micro_batches=1)
+        engine = build_engine(subject.config, copy.deepcopy(initial(subject.config.model)), world, micro_batches=1)
         for _ in range(3):
             engine.backward(engine.forward(torch.ones(1, 8, dtype=torch.long)).square().mean())
             engine.step()

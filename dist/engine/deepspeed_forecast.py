@@ -46,24 +46,22 @@ def forecast_deepspeed(
     if settings.stage < 3:
         for numel in _in_buckets(trained):
             found += calls.all_reduce(numel, "backward", micro_batches if settings.stage == 2 else 1)
+        found += calls.all_reduce(1, "step", 2 if settings.stage else 1)  # norms
         if settings.stage:
-            found += calls.all_reduce(1, "step")
             for group in groups:
-                found += calls.all_gather([_own_numel(sum(p.numel for p in group), seat.size, _ALIGNMENT)], "step")
+                found += calls.all_gather(_own_numel(sum(p.numel for p in group), seat.size, _ALIGNMENT), "step")
     else:
         cut = [p for p in (*trained, *frozen) if p.numel > settings.persist_below]
         ahead = sum(p.numel for p in cut)
         for p in cut:
             ahead -= p.numel
-            own = [_own_numel(p.numel, seat.size)]
-            found += calls.all_gather(own, "gather", micro_batches, needs=(p.name,))
-            if 2 * ahead >= settings.keep_gathered:  # forward and backward until it is needed again
-                found += calls.all_gather(own, "gather", micro_batches, needs=(p.name,), again=True)
+            again = 2 * ahead >= settings.keep_gathered  # forward and backward until it is needed again
+            found += calls.gathers(p, micro_batches * (1 + again))
         padded = sum(seat.size * _own_numel(p.numel, seat.size) for p in trained)
         found += calls.reduce_scatter(padded, "backward", micro_batches)
-        found += calls.all_reduce(1, "step")
-        if whole := [p for p in (*trained, *frozen) if p.numel <= settings.persist_below]:
-            found += calls.all_gather([_own_numel(p.numel, seat.size) for p in whole], "step")
+        for p in (*trained, *frozen):
+            if p.numel <= settings.persist_below:
+                found += calls.all_gather(_own_numel(p.numel, seat.size), "step")
     return Forecast(tuple(found), _memory(settings, trained, frozen, seat.size), (_REMARK,))
 
 
@@ -78,7 +76,8 @@ class _Calls:
         self._wires = gradient_wires(settings.gradients, {"kind": method.dtype}, levels)
         self._gather = build_gather_wire(settings.gather)
         self._world = RankOrder(levels, range(seat.size))
-        self._copy = RankOrder(levels, _ranks_of_copy(settings, seat))
+        copy = _ranks_of_copy(settings, seat)
+        self._copy = RankOrder(levels, copy) if copy else None
 
     def all_reduce(self, numel: int, when: When, per_step: float = 1) -> list[Exchange]:
         sent = self._world.all_reduce_bytes(numel, self._wires_of(numel))
@@ -88,19 +87,29 @@ class _Calls:
         sent = self._world.reduce_scatter_bytes(numel, self._wires_of(numel))
         return self._by_level("reduce_scatter", sent, when, per_step, shots=1)
 
+    def gathers(self, parameter: Parameter, times: int) -> list[Exchange]:
+        """Of a weight that is cut, in a step: with a copy, all but the first after it has changed come from there."""
+        own = _own_numel(parameter.numel, self._world.size)
+        if self._copy is None:
+            return self.all_gather(own, "gather", times, needs=(parameter.name,))
+        first = self.all_gather(own, "gather", 1, needs=(parameter.name,)) if parameter.trained else []
+        held, rest = own * self._world.size // self._copy.size, times - bool(first)
+        copied = self.all_gather(held, "gather", rest, needs=(parameter.name,), tree=self._copy) if rest else []
+        return [*first, *copied]
+
     def all_gather(
         self,
-        own: Sequence[int],
+        own: int,
         when: When,
         per_step: float = 1,
         *,
         needs: tuple[str, ...] = (),
-        again: bool = False,
+        tree: RankOrder | None = None,
     ) -> list[Exchange]:
-        """Args: own, elements of this rank's pieces; again, from the copy in engine.secondary, if there is one."""
-        tree, numel = self._copy if again else self._world, sum(own)
-        wire = self._same if self._gather is None or numel * tree.size < EXACT_BELOW else self._gather
-        sent = tree.all_gather_bytes(wire.payload_bytes(numel))
+        """Args: own, elements of this rank; tree, among which ranks, by default all."""
+        tree = tree or self._world
+        wire = self._same if self._gather is None or own * tree.size < EXACT_BELOW else self._gather
+        sent = tree.all_gather_bytes(wire.payload_bytes(own))
         return self._by_level("all_gather", sent, when, per_step, shots=1, needs=needs)
 
     def _wires_of(self, numel: int) -> dict[str, Any]:
@@ -134,9 +143,9 @@ class _Calls:
 
 
 def _ranks_of_copy(settings: DeepSpeedSettings, seat: Seat) -> Sequence[int]:
-    """The ranks that share a copy of all weights from one gather until the next step."""
+    """The ranks that share a copy of all weights from one gather until the next step; empty: there is no copy."""
     if settings.secondary is None:
-        return range(seat.size)
+        return ()
     try:
         group = seat.group(settings.secondary)
     except ValueError as error:
