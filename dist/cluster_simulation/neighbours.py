@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from thinwire.comm.gossip.build import make_plan
 from thinwire.comm.gossip.mixing import Mixing
-from thinwire.dist.gossip_run import GossipRunSettings
+from thinwire.comm.gossip.settings import GossipSettings
 from thinwire.dist.plan.program import Operation, Program, Send, Wait
 
 if TYPE_CHECKING:
@@ -25,19 +25,22 @@ Sources = Callable[[int], "NDArray[np.int64] | None"]
 
 
 def sources_of(config: RunConfig, size: int, numel: int) -> Sources | None:
-    """Those of the run's graph and schedule; None where nobody awaits neighbours: in rounds machines do.
+    """Those of a run; None where nobody awaits neighbours. See sources_of_settings()."""
+    if not isinstance(config.method, GossipSettings):
+        return None
+    return sources_of_settings(config.method, size, numel, steps=config.train.steps)
+
+
+def sources_of_settings(settings: GossipSettings, size: int, numel: int, *, steps: int) -> Sources | None:
+    """Those of a graph and a schedule; None where machines keep their own pace, and await nobody.
 
     Args:
-        size: machines. numel: elements of a machine's weights.
+        size: machines. numel: elements of a machine's weights. steps: of the run.
     Raises:
         ValueError: graph, algorithm and schedule do not fit together, or not so many machines.
     """
-    settings = config.method
-    if not isinstance(settings, GossipRunSettings):
-        return None
     if not (settings.algorithm.in_rounds and settings.algorithm.uses_graph):
         return None
-    steps = config.train.steps
     plan = make_plan(settings, size, steps=steps, numel=numel)
     period = plan.graph.period
     known: dict[int, NDArray[np.int64]] = {}
