@@ -153,8 +153,14 @@ def test_balance_sends_what_is_foretold(row: Row) -> None:
     run_ranks(SIZE, work)
 
 
-@rows_of("partition")
-@pytest.mark.parametrize("sizes", [(3,), (2, 4)])
+PARTITIONS = {row.name: row for row in METHODS if row.name.startswith("partition")}
+
+
+@pytest.mark.parametrize(
+    ("row", "sizes"),
+    [(row, (3,) if name == "partition-fp32" else (2, 4)) for name, row in PARTITIONS.items()],
+    ids=list(PARTITIONS),
+)
 def test_partition_sends_and_keeps_what_is_foretold(row: Row, sizes: tuple[int, ...]) -> None:
     settings = PartitionSettings.model_validate(options_of(row))
 
@@ -241,7 +247,7 @@ class Kept:
 def small(name: str, folder: Path, *overrides: str) -> RunConfig:
     """A run of configs/, with its method and its settings, of a small model on a small text."""
     text = [
-        "model.layers=2",
+        "model.layers=1",
         "model.heads=2",
         "model.width=32",
         "model.context=32",
@@ -266,7 +272,13 @@ EXPERTS = ("model.experts=4", "model.expert_width=16")
 
 
 @pytest.mark.parametrize(
-    ("name", "overrides"), [("partition", ()), ("partition_quantised", ()), ("moe_8m", EXPERTS)], ids=str
+    ("name", "overrides"),
+    [
+        ("partition", ("model.layers=3", "train.parameters=['blocks.2.*']")),  # of frozen blocks backward fetches one
+        ("partition_quantised", ()),
+        ("moe_8m", EXPERTS),
+    ],
+    ids=["frozen blocks", "quantised", "experts"],
 )
 def test_runs_on_two_levels_send_what_is_foretold(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = small(name, tmp_path, "train.steps=2", *overrides)

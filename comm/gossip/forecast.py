@@ -34,6 +34,7 @@ from thinwire.comm.gossip.turn import Turn
 
 _MOST_ROWS = 1 << 16  # of mixings that are looked at: rounds times machines
 _UNKNOWN_ROUNDS = 256  # of a run whose length nobody has said
+_MOST_COMPARED = {True: 512, False: 128}  # machines, in rounds or each at its own pace
 _MERGE_SHOTS = 8  # a cut and two agreements, two messages each, and the average's two
 
 
@@ -57,6 +58,12 @@ def forecast_gossip(
     Raises:
         ValueError: graph, algorithm and schedule do not fit together, or not so many machines or steps.
     """
+    most = _MOST_COMPARED[settings.algorithm.in_rounds]
+    if isinstance(settings.graph, AutoSettings) and settings.algorithm.uses_graph and seat.size > most:
+        raise ValueError(
+            f"method.graph: auto compares graphs by their spectra, which takes too long for {seat.size} machines; name "
+            "one, such as base_k or ring"
+        )
     replica = ShapeReplica(sizes, statistics)
     plan = make_plan(settings, seat.size, steps=steps, numel=replica.numel, links=links)
     port = Simulation(seat.size).ports[seat.rank]

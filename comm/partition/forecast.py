@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,13 @@ def forecast_partition(
     placement = place(
         levels, params=settings.params, grads=settings.grads, optim=settings.optim, secondary=settings.secondary
     )
-    parts = [_Part(unit, levels, placement, settings, micro_batches, compute_dtype) for unit in units]
+    known: dict[object, _Part] = {}  # blocks of equal shapes are looked at once
+    parts = []
+    for unit in units:
+        shapes = (tuple(unit.trained.values()), tuple(unit.frozen.values()), unit.is_root, unit.in_backward)
+        if shapes not in known:
+            known[shapes] = _Part(unit, levels, placement, settings, micro_batches, compute_dtype)
+        parts.append(known[shapes].named(unit))
     root_first = [*(part for part in parts if part.unit.is_root), *(part for part in parts if not part.unit.is_root)]
     exchanges = [
         *(exchange for part in root_first for exchange in part.gathers()),
@@ -94,10 +101,17 @@ class _Part:
         self._settings = settings
         self._micro_batches = micro_batches
         self._gather_dtype = compute_dtype or WEIGHTS[settings.weights]
-        self._ownership = Ownership(unit.trained, cuts_of(levels, placement))
+        numbered = {str(number): shape for number, shape in enumerate(unit.trained.values())}
+        self._ownership = Ownership(numbered, cuts_of(levels, placement))
         self._gradients = gradient_shard(self._ownership, levels, placement, settings) if unit.trained else None
         flows = flows_of(unit, levels, placement, settings, micro_batches, compute_dtype)
         self._flows = [flow for flow in flows if flow.payload_bytes]
+
+    def named(self, unit: UnitShapes) -> _Part:
+        """The same of another unit of these shapes."""
+        other = copy.copy(self)
+        other.unit = unit
+        return other
 
     def gathers(self) -> Iterator[Exchange]:
         """Slowest level first."""
@@ -152,7 +166,8 @@ class _Part:
 
     def own_numel(self, name: str) -> int:
         """Elements of a parameter that this rank's optimizer owns."""
-        return self._ownership.numel(name, self._levels.number(self._levels.rank, self._placement.optim))
+        owner = self._levels.number(self._levels.rank, self._placement.optim)
+        return self._ownership.numel(str(list(self.unit.trained).index(name)), owner)
 
     def _shard_numel(self) -> int:
         """Elements of the trained parameters in this rank's shard."""
