@@ -63,7 +63,8 @@ SCRIPTS = (
     # Sharding.
     Script("partition_bytes", ("--hosts", "2", "--micro-batches", "1", "--only", "thinwire"), 60, plots=True),
     Script("partition_difference", ("--steps", "100"), 60, plots=True),
-    Script("simulate_frontier", ("--no-triples",), 90, plots=True),
+    Script("simulate_frontier", ("--models", "20 B", "--micro-batches", "1", "--no-triples"), 90, plots=True),
+    Script("simulate_calibration", ("--steps", "5"), 120, plots=True),
     Script("partition_memory", ("--triples", "rank,rank,world", "node,node,world"), 90, plots=True),
     Script("partition_throughput", ("--rates", "100mbit", "--timed", "2"), 150, plots=True),
     # Mixtures of experts.
