@@ -252,8 +252,8 @@ def probe(
     ] = None,
     overrides: Overrides = None,
     seconds: Annotated[
-        float, typer.Option(min=1, max=3600, help="How long to measure, reading of data not counted.")
-    ] = 15,
+        float, typer.Option(min=1, max=3600, help="How long to measure links and computing; reading data is not in it.")
+    ] = 12,
     json: Annotated[
         Path | None,
         typer.Option("--json", help="File for all figures: what plan takes as --cluster.", show_default=False),

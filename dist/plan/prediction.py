@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from thinwire.comm.forecast import Forecast
+from thinwire.comm.partition.levels import WHOLE
+from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.dist.engine import FSDP2Settings
 from thinwire.dist.gossip_run import GossipRunSettings
 from thinwire.dist.models import build_model
@@ -218,6 +220,8 @@ def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: 
         direction_s = _DIRECTION_FLOPS / rate if measured is None else measured
         sweeps = (2 * passes + applied) * elements * direction_s
         time = ComputeTime(passes * time.forward_s, 0.0, sweeps)
+    if isinstance(method, PartitionSettings) and method.optim != WHOLE:  # each rank updates what it owns
+        time = replace(time, optimizer_s=time.optimizer_s / cluster.seat().size_of(method.optim))
     return time, source
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -22,11 +21,11 @@ from thinwire.comm.compress.compressors.top_k import TopK
 from thinwire.comm.compress.decoded import add_to
 from thinwire.comm.compress.draw import Draw
 from thinwire.dist.plan.cluster import CodecSpeed
-from thinwire.dist.probe.clock import Lockstep, now
+from thinwire.dist.probe.clock import Lockstep
 
 _LARGE, _SMALL = 1 << 18, 1 << 12
 _COLUMNS = 256
-_REPEATS = 3
+_BLOCK_S, _BLOCKS, _MOST_CALLS = 0.03, 2, 200
 
 EVERY: tuple[Compressor, ...] = (
     Dense(),
@@ -57,7 +56,7 @@ def compressor_of(codec: str) -> Compressor | None:
 
 
 def measure_codecs(lockstep: Lockstep, compressors: Iterable[Compressor]) -> list[CodecSpeed]:
-    """Seconds of the slowest rank; the median of three. Collective."""
+    """Seconds of the slowest rank, in the better of two blocks of calls. Collective."""
     speeds = []
     for compressor in compressors:
         large = _seconds(lockstep, compressor, _LARGE)
@@ -82,14 +81,24 @@ def _seconds(lockstep: Lockstep, compressor: Compressor, numel: int) -> tuple[fl
     gradient = torch.randn(numel, generator=generator).to(device).view(-1, _COLUMNS)
     memory, after, out = torch.zeros_like(gradient), torch.empty_like(gradient), torch.zeros_like(gradient)
     draw = Draw(seed=0, step=0, name="speed", rank=0)
-    times: list[float] = []
-    for repeat in range(1 + _REPEATS):
-        lockstep.wait()
-        began = now(device)
-        payload = compressor.encode_with_feedback(gradient, memory, after, draw)
-        between = now(device)
+    payload = compressor.encode_with_feedback(gradient, memory, after, draw)  # the first call compiles
+
+    def encode() -> None:
+        compressor.encode_with_feedback(gradient, memory, after, draw)
+
+    def decode() -> None:
         add_to(out, compressor.decode(payload, gradient.shape, draw))
-        if repeat:  # the first call compiles
-            times += [between - began, now(device) - between]
-    slowest = [max(column) for column in zip(*lockstep.share(times), strict=True)]
-    return statistics.median(slowest[::2]), statistics.median(slowest[1::2])
+
+    return _per_call(lockstep, encode), _per_call(lockstep, decode)
+
+
+def _per_call(lockstep: Lockstep, work: Callable[[], object]) -> float:
+    """Seconds of one call among many, so that a rank's turns on a processor that it shares are short beside them."""
+    first_s = lockstep.time(work, 2)[1]
+    count = max(1, min(_MOST_CALLS, int(_BLOCK_S / max(first_s, 1e-7))))
+
+    def block() -> None:
+        for _ in range(count):
+            work()
+
+    return min(lockstep.time(block, _BLOCKS)) / count
