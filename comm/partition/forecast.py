@@ -74,6 +74,30 @@ def forecast_partition(
     return Forecast(tuple(exchanges), memory)
 
 
+def gathered_bytes(
+    settings: PartitionSettings,
+    units: Sequence[UnitShapes],
+    seat: Seat,
+    *,
+    prefetch: int,
+    compute_dtype: torch.dtype | None = None,
+) -> int:
+    """Whole weights that a rank has while it computes, at most: the root's, and of blocks the one in use and the next.
+
+    Args:
+        units, compute_dtype: as in forecast_partition().
+        prefetch: blocks gathered ahead.
+    """
+    levels = levels_of_seat(seat)
+    parts = levels.size(levels.depth_of(settings.params))
+    if parts == 1:
+        return 0
+    itemsize = (compute_dtype or WEIGHTS[settings.weights]).itemsize
+    blocks = sorted((parts * unit.padded_numel(parts) for unit in units if not unit.is_root), reverse=True)
+    roots = sum(parts * unit.padded_numel(parts) for unit in units if unit.is_root)
+    return itemsize * (roots + sum(blocks[: 1 + prefetch]))
+
+
 def levels_of_seat(seat: Seat) -> Levels:
     """The levels of a machine that need not exist, with all the names that settings may call them by."""
     kept = [(name, size) for name, size in seat.levels if size > 1]

@@ -17,7 +17,7 @@ from thinwire.comm.gossip.forecast import forecast_gossip
 from thinwire.comm.gossip.graphs.links import Link, Links
 from thinwire.comm.onebyte.forecast import forecast_membership, forecast_onebyte
 from thinwire.comm.partition.blocks import find_blocks
-from thinwire.comm.partition.forecast import forecast_partition
+from thinwire.comm.partition.forecast import forecast_partition, gathered_bytes
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.traffic import UnitShapes, unit_shapes
 from thinwire.dist.balance_run import NEAR
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def forecast_partition_run(subject: Subject, settings: PartitionSettings, seat: Seat) -> Forecast:
-    """By engine fsdp2.
+    """By engine fsdp2; memory also counts the weights that are whole while a step computes: `gathered`.
 
     Raises:
         ValueError: the levels that method names do not exist or do not nest, or one cannot have its format.
@@ -44,18 +44,20 @@ def forecast_partition_run(subject: Subject, settings: PartitionSettings, seat: 
     assert isinstance(config.engine, FSDP2Settings), "RunConfig refuses other engines"
     _, micro_batches = config.train.share(seat.size)
     plan = plan_optimizer(config.optimizer, model)
-    units = unit_shapes(model, find_blocks(model))
+    prefetch, compute_dtype = config.engine.prefetch, torch.bfloat16 if config.train.precision == "bf16" else None
+    units = _reached_by_backward(unit_shapes(model, find_blocks(model)), subject, prefetch)
     with paths_of_the_run():
         forecast = forecast_partition(
             settings,
-            _reached_by_backward(units, subject, config.engine.prefetch),
+            units,
             seat,
             optimizer=plan.factory(plan.groups, **plan.options),
             names={id(parameter): name for name, parameter in model.named_parameters()},
             micro_batches=micro_batches,
-            compute_dtype=torch.bfloat16 if config.train.precision == "bf16" else None,
+            compute_dtype=compute_dtype,
         )
-    return _with_memory(forecast, {})
+        gathered = gathered_bytes(settings, units, seat, prefetch=prefetch, compute_dtype=compute_dtype)
+    return _with_memory(forecast, {"gathered": gathered})
 
 
 def forecast_gossip_run(subject: Subject, settings: GossipRunSettings, seat: Seat, cluster: Cluster | None) -> Forecast:
