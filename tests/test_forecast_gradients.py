@@ -150,6 +150,9 @@ def test_every_rank_sends_what_was_foretold(row: Row) -> None:
         elif not getattr(getattr(run.method, "settings", None), "start_step", 0):
             assert forecast.bytes_per_step() == expected
         assert sum(exchange.messages for exchange in forecast.exchanges) > 0
+        if not isinstance(run.method, LocalSGD):  # which has had one round only
+            kept = kept_by(run.method)
+            assert kept == {state: count for state, count in forecast.memory_bytes.items() if state != "buffers"}
         queue.close()
 
     run_ranks(4, work)
@@ -195,7 +198,7 @@ def test_bytes_that_depend_on_the_data_are_near_those_to_expect(name: str) -> No
 
 
 SHAPE = "model={kind: gpt, layers: 2, heads: 2, width: 32, context: 8}"
-SMALLER = (SHAPE, "train.steps=6", "train.global_batch=8", "train.micro_batch=1", "engine.bucket_mb=0.02")
+SMALLER = (SHAPE, "train.steps=6", "train.global_batch=8", "train.micro_batch=1", "engine.bucket_mb=0.05")
 
 
 def small(path: Path, *overrides: str) -> RunConfig:
@@ -203,7 +206,7 @@ def small(path: Path, *overrides: str) -> RunConfig:
     given = load_config(path)
     changes = [*SMALLER]
     if isinstance(given.method, LocalSGDSettings):
-        changes += ["method.every=1", "method.bucket_mb=0.02"]
+        changes += ["method.every=1", "method.bucket_mb=0.05"]
     elif getattr(given.method, "start_step", 0):
         changes += ["method.start_step=1"]
     return load_config(path, [*changes, *overrides])
@@ -347,7 +350,7 @@ def test_groups_leave_in_the_order_in_which_backward_completes_them() -> None:
     came = [name for name, _ in subject.trace.ready]
     last = [max(came.index(name) for name in exchange.needs) for exchange in forecast.exchanges]
     assert last == sorted(last)
-    assert len(set(last)) > 2
+    assert len(set(last)) > 1
     assert {name for exchange in forecast.exchanges for name in exchange.needs} == set(came)
 
 
