@@ -107,7 +107,7 @@ class LabRuns:
     """Runs that are made when they are first asked for.
 
     Args:
-        path: the file that keeps them; another process must not write it meanwhile.
+        path: the file that keeps them.
         limit_s: of one run; one that takes longer has failed.
         timed_steps: at each rate, unless they take more than ten seconds.
         afresh: measure all seconds again, and leave the file as it is; only what was learned is taken from it.
@@ -118,7 +118,7 @@ class LabRuns:
         self._limit_s = limit_s
         self._timed_steps = timed_steps
         self._afresh = afresh
-        self._kept: list[dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else []
+        self._kept = self._read()
         if afresh:
             self._kept = [{**entry, "timings": {}, "error": ""} for entry in self._kept]
 
@@ -158,6 +158,11 @@ class LabRuns:
         """Try again what has failed."""
         for entry in self._kept:
             entry["error"] = ""
+        self._write()
+
+    def _read(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self._path.read_text())["runs"] if self._path.exists() else []
+        return found
 
     def _keep(self, way: Way, machine: Machine, steps: int, outcome: Outcome) -> None:
         identity = _identity(way, machine, steps)
@@ -169,7 +174,12 @@ class LabRuns:
             "first_losses": outcome.first_losses,
             "error": outcome.error,
         }
+        if not self._afresh:
+            self._kept = self._read()  # another process may have added runs
         self._kept = [other for other in self._kept if other["identity"] != identity] + [entry]
+        self._write()
+
+    def _write(self) -> None:
         if self._afresh:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
