@@ -22,6 +22,7 @@ from thinwire.dist.config_errors import ConfigError
 from thinwire.dist.plan.cluster import Cluster, CodecSpeed, LinkLevel, load_cluster
 from thinwire.dist.plan.exchange_time import taken_s
 from thinwire.dist.plan.prediction import predict
+from thinwire.dist.probe import codecs as codecs_module
 from thinwire.dist.probe import probe as probe_module
 from thinwire.dist.probe.clock import Lockstep, percentile
 from thinwire.dist.probe.codecs import EVERY, compressor_of
@@ -146,6 +147,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Probe, Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe_module, "EVERY", (tw.Int8(),))
+        patch.setattr(codecs_module, "_BLOCK_S", 1e-3)
         found = run_torch_ranks([2, 4], work, names=["node", "world"])[0]
     assert found is not None
     return found, folder

@@ -104,6 +104,16 @@ class CodecSpeed(Settings):
     decode_call_s: float = Field(0.0, ge=0)
 
 
+class SweepSpeed(Settings):
+    """Of one-byte updates, seconds per element on one rank while all ranks work.
+
+    pass_s: of a pass over the weights. direction_s: of each direction that is added in it.
+    """
+
+    pass_s: float = Field(ge=0)
+    direction_s: float = Field(ge=0)
+
+
 class ComputeSpeed(Settings):
     """Seconds that one rank computes while all do, of one micro-batch, and of the optimizer.
 
@@ -124,7 +134,7 @@ class Measured(Settings):
     cores_per_rank: processors that a rank has for itself; the ranks of an emulated cluster share some.
     cpu_s_per_byte: seconds of computing that a rank loses for each byte that it sends, and receives, meanwhile; copies
       and sums included. 0 where a processor is free for that.
-    direction_s: of method onebyte: seconds per element of one direction more in a pass over the weights; null: unknown.
+    sweep: of method onebyte; null: unknown.
     codecs: by Coding.codec.
     pairs, collectives: for people; a plan takes its figures from the levels.
     """
@@ -132,7 +142,7 @@ class Measured(Settings):
     hosts: tuple[str, ...]
     cores_per_rank: float = Field(gt=0)
     cpu_s_per_byte: float = Field(0.0, ge=0)
-    direction_s: float | None = Field(None, ge=0)
+    sweep: SweepSpeed | None = None
     codecs: dict[str, CodecSpeed] = Field(default_factory=dict)
     computes: tuple[ComputeSpeed, ...] = ()
     pairs: PairTimes | None = None

@@ -20,7 +20,7 @@ from thinwire.dist.gossip_run import GossipRunSettings
 from thinwire.dist.models import build_model
 from thinwire.dist.models.hf import HFSettings, load_pretrained
 from thinwire.dist.onebyte_run import OneByteRunSettings
-from thinwire.dist.plan.cluster import Cluster, ComputeSpeed
+from thinwire.dist.plan.cluster import Cluster, ComputeSpeed, SweepSpeed
 from thinwire.dist.plan.forecasts import Subject, forecast_run
 from thinwire.dist.plan.timeline import ComputeTime, StepTime, step_time
 from thinwire.dist.plan.trace import StepTrace, trace_step
@@ -147,7 +147,7 @@ def predict(
     for one in _looked_at(config, cluster) if rank is None else (rank,):
         forecast = forecast_run(subject, cluster.seat(one), cluster)
         time = _timeline(config, forecast, trace, compute, cluster)
-        memory = Counter(forecast.memory_bytes) + Counter({"activations": _activation_bytes(config, trace)})
+        memory = Counter(forecast.memory_bytes) + Counter(_passing_bytes(config, trace))
         found.append(
             Prediction(config, cluster, forecast, time, micro_batches, source, dict(memory), trace, compute, one)
         )
@@ -216,17 +216,19 @@ def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: 
     if isinstance(method, OneByteRunSettings):  # no backward pass; several forward passes, and sweeps over the weights
         passes = 2 * method.samples if method.estimate == "two_sided" else method.samples + 1
         applied = method.samples * (cluster.size if method.directions == "distinct" else 1)
-        measured = cluster.measured.direction_s if cluster.measured else None
-        direction_s = _DIRECTION_FLOPS / rate if measured is None else measured
-        sweeps = (2 * passes + applied) * elements * direction_s
+        sweep = cluster.measured.sweep if cluster.measured else None
+        sweep = sweep or SweepSpeed(pass_s=0.0, direction_s=_DIRECTION_FLOPS / rate)
+        # To the weights of each loss, back to those of the round, and on to the next ones.
+        sweeps = ((passes + 2) * sweep.pass_s + (2 * passes + applied) * sweep.direction_s) * elements
         time = ComputeTime(passes * time.forward_s, 0.0, sweeps)
     if isinstance(method, PartitionSettings) and method.optim != WHOLE:  # each rank updates what it owns
         time = replace(time, optimizer_s=time.optimizer_s / cluster.seat().size_of(method.optim))
     return time, source
 
 
-def _activation_bytes(config: RunConfig, trace: StepTrace) -> int:
-    """Of a micro-batch; where there is no backward pass, of one block at a time."""
+def _passing_bytes(config: RunConfig, trace: StepTrace) -> dict[str, int]:
+    """What a micro-batch keeps from forward to backward; where there is no backward pass, of one block at a time."""
     if isinstance(config.method, OneByteRunSettings):
-        return max((block.activation_bytes for block in trace.blocks), default=trace.activation_bytes)
-    return trace.activation_bytes
+        return {"activations": max((block.activation_bytes for block in trace.blocks), default=trace.activation_bytes)}
+    is_cast = not isinstance(config.engine, FSDP2Settings)  # which gathers weights in the precision of the computing
+    return {"activations": trace.activation_bytes, "casts": trace.cast_bytes if is_cast else 0}

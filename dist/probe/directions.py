@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from thinwire.dist.plan.cluster import SweepSpeed
 from thinwire.dist.probe.clock import Lockstep
 from thinwire.kernels.lattice_add import lattice_add
 
@@ -15,8 +16,8 @@ _FEW, _MANY = 2, 10  # directions: their difference leaves out what a pass costs
 _REPEATS = 3
 
 
-def measure_directions(lockstep: Lockstep) -> float:
-    """Seconds per element of one direction more in a pass over the weights, on the slowest rank. Collective."""
+def measure_directions(lockstep: Lockstep) -> SweepSpeed:
+    """Of the slowest rank. Collective."""
     weights = torch.zeros(_NUMEL, device=lockstep.device)
     out = torch.empty_like(weights)
 
@@ -27,5 +28,5 @@ def measure_directions(lockstep: Lockstep) -> float:
 
     # The first call may compile.
     few, many = (statistics.median(lockstep.time(sweep(count), 1 + _REPEATS)[1:]) for count in (_FEW, _MANY))
-    # On a busy machine the difference may come out as nothing; a share of the whole is an upper bound then.
-    return ((many - few) / (_MANY - _FEW) if many > few else many / _MANY) / _NUMEL
+    direction_s = max(0.0, many - few) / (_MANY - _FEW)
+    return SweepSpeed(pass_s=max(0.0, few - _FEW * direction_s) / _NUMEL, direction_s=direction_s / _NUMEL)

@@ -87,7 +87,7 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
         remarks += [f"{codec} cannot be measured by itself; a plan takes no time for it" for codec in unknown]
     clock.lap("compute")
     speeds = measure_codecs(lockstep, wanted)
-    direction_s = measure_directions(lockstep)
+    sweep_speed = measure_directions(lockstep)
     codecs: dict[str, CodecSpeed] = {codec_label(c): speed for c, speed in zip(wanted, speeds, strict=True)}
     clock.lap("codecs")
     hosts = tuple(world.hosts[rank] for rank in world.mesh.order)
@@ -104,7 +104,7 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
             hosts=hosts,
             cores_per_rank=_cores_per_rank(lockstep),
             cpu_s_per_byte=lost_s,
-            direction_s=direction_s,
+            sweep=sweep_speed,
             codecs=codecs,
             computes=computes,
             pairs=pairs,
