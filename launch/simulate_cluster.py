@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,7 +81,7 @@ def simulate_cluster(path: Path, overrides: Sequence[str], asked: Asked) -> int:
         f"of which {len(points[0].run.step_s)} are simulated; {_told(disturbances, recovery)}"
     )
     _print_table(points, title=f"a step, mean over ranks; efficiency: throughput per device, {base} devices = 1")
-    for line in remarks(points):
+    for line in [*remarks(points), *_left_out(disturbances.slow, counts)]:
         print(line)
     print(f"simulated in {time.monotonic() - began:.1f} s")
     if asked.output is not None:
@@ -130,7 +130,7 @@ def remarks(points: Sequence[ScalingPoint]) -> list[str]:
     rank, less_s = last.waited_for
     if less_s > 0.01 * last.mean_step_s:
         lines.append(
-            f"waited for: rank {rank} waits for others {1e3 * less_s:.3g} ms less in a step than the mean rank does"
+            f"waited for: rank {rank} waits for others {_duration(less_s)} less in a step than the mean rank does"
         )
     for point in points:
         run = point.run
@@ -146,6 +146,14 @@ def remarks(points: Sequence[ScalingPoint]) -> list[str]:
         if run.lost_ranks:
             lines.append(f"failures: {run.lost_ranks} of {run.ranks} machines are lost; the others go on")
     return lines
+
+
+def _left_out(slow: Mapping[int, float], counts: Sequence[int]) -> list[str]:
+    return [
+        f"--slow: {count} devices have no rank {', '.join(str(rank) for rank in sorted(slow) if rank >= count)}"
+        for count in counts
+        if any(rank >= count for rank in slow)
+    ]
 
 
 def draw(points: Sequence[ScalingPoint], path: Path, *, title: str) -> None:
@@ -175,11 +183,12 @@ def draw(points: Sequence[ScalingPoint], path: Path, *, title: str) -> None:
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     right.set(xlabel="devices", ylabel="seconds of a step, mean over ranks", title="where a step's time goes")
     right.set_xticks(places, [str(count) for count in counts])
-    right.legend()
+    right.set_ylim(top=1.25 * max(bottoms))
+    right.legend(loc="upper left", ncols=3, fontsize=8)
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both", axis="y")
     left.set_xticks(counts, [str(count) for count in counts])
-    left.minorticks_off()
+    left.tick_params(axis="x", which="minor", bottom=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -210,7 +219,7 @@ def _print_table(points: Sequence[ScalingPoint], *, title: str) -> None:
     if not console.is_terminal:
         console = Console(width=_WIDTH, color_system=None)
     table = Table(title=title, title_justify="left")
-    for name in ("devices", "ms", "undisturbed", "computing", "for others", "for the wire", "sequences/s"):
+    for name in ("devices", "step", "undisturbed", "computing", "for others", "for the wire", "sequences/s"):
         table.add_column(name, justify="right")
     for name in ("efficiency", "memory", "whole run"):
         table.add_column(name, justify="right")
@@ -220,7 +229,7 @@ def _print_table(points: Sequence[ScalingPoint], *, title: str) -> None:
         memory = format_bytes(sum(point.memory_bytes.values())) + ("" if point.fits else " (!)")
         table.add_row(
             f"{run.ranks:,}",
-            *(f"{1e3 * one:.4g}" for one in seconds),
+            *map(_duration, seconds),
             f"{run.sequences_per_s:.4g}",
             f"{point.efficiency:.3f}",
             memory,
@@ -230,6 +239,8 @@ def _print_table(points: Sequence[ScalingPoint], *, title: str) -> None:
 
 
 def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

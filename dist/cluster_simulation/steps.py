@@ -120,24 +120,36 @@ class Steps:
             ready = ready if times is None else np.maximum(ready, times)
         for slot in send.after:
             late = late + (self._begun[slot].late_s if slot in self._begun else 0.0)
-        sources = self._sources(self._step) if self._sources is not None and send.operation == ROUND else None
-        begin, seconds = self._all_there(send, ready, sources)
-        end = begin + seconds
+        if self._sources is not None and send.operation == ROUND:
+            self._send_to_neighbours(send, ready, self._sources(self._step))
+            return
+        begin = ready if send.level is None else np.maximum(ready, self._ranks.latest(self._come(ready), send.level))
+        end = begin + send.seconds
         self._free[send.queue] = end
         self._begun[send.slot] = _Begun(late + begin - ready, end)
+        self._occupy(send, begin, end)
+
+    def _send_to_neighbours(self, send: Send, ready: Times, sources: NDArray[np.int64] | None) -> None:
+        """Each rank goes on when its neighbours' messages are there; its own take until then, or longer."""
+        if sources is None:  # no exchange after this step
+            return
+        own = np.arange(len(ready))[:, None]
+        sent = ready + send.seconds * (sources != own).any(axis=1)
+        self._free[send.queue] = sent
+        # Rows are filled up with the rank itself, for which nobody waits.
+        end = np.where(sources == own, self._now[:, None], self._come(sent)[sources]).max(axis=1)
+        end = np.maximum(self._now, end)
+        begin = np.where(sources == own, self._now[:, None], self._come(ready)[sources]).max(axis=1)
+        self._begun[send.slot] = _Begun(np.maximum(0.0, begin - self._now), end)
+        self._occupy(send, ready, sent)
+
+    def _occupy(self, send: Send, begin: Times, end: Times) -> None:
+        """Computing meanwhile has only what is left of the processor."""
         if send.taken_s and send.seconds:
             self._busy.append((begin, end, min(1.0, send.taken_s / send.seconds)))
 
-    def _all_there(self, send: Send, ready: Times, sources: NDArray[np.int64] | None) -> tuple[Times, Times | float]:
-        """When those who take part in an exchange have all come, and its seconds, for each rank."""
-        came = ready
-        if self._lost_after_s is not None:
-            came = np.where(self.alive, ready, self._failing_s + self._lost_after_s)
-        if self._sources is not None and send.operation == ROUND:
-            if sources is None:
-                return ready, 0.0
-            takes_part = (sources != np.arange(len(ready))[:, None]).any(axis=1)
-            return np.maximum(ready, came[sources].max(axis=1)), send.seconds * takes_part
-        if send.level is None:
-            return ready, send.seconds
-        return np.maximum(ready, self._ranks.latest(came, send.level)), send.seconds
+    def _come(self, times: Times) -> Times:
+        """For those who have failed, when the others give up waiting."""
+        if self._lost_after_s is None:
+            return times
+        return np.where(self.alive, times, self._failing_s + self._lost_after_s)
