@@ -45,6 +45,7 @@ class Case:
         self.steps = self.config.train.steps
         self.folder = folder
         self.losses: list[float] = []
+        self.validated: list[str] = []  # the weights that each validation saw
 
     @property
     def clip_before(self) -> float:
@@ -135,6 +136,9 @@ def lightning_run(case: Case, rank: int, first: int, last: int, state: Path) -> 
             case.note(index % case.micro_batches, loss)
             return loss
 
+        def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+            case.validated.append(case.weights())
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return case.optimizer
 
@@ -143,13 +147,16 @@ def lightning_run(case: Case, rank: int, first: int, last: int, state: Path) -> 
         accumulate_grad_batches=case.micro_batches,
         gradient_clip_val=case.clip_in_loop or None,
         max_steps=last,
+        val_check_interval=case.micro_batches,  # in batches: after every step, so between exchanges too
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
         callbacks=[tw.for_lightning(case.config.method, clip_norm=case.clip_before)],
         **quiet(),
     )
     # Lightning goes on within the epoch, with whatever the loader gives first.
     steps = [*range(first, case.steps), *range(first)]
     batches = [case.batch(rank, step, i) for step in steps for i in range(case.micro_batches)]
-    trainer.fit(Module(), loader(batches), ckpt_path=state if first else None)
+    trainer.fit(Module(), loader(batches), loader(batches[:1]), ckpt_path=state if first else None)
     if not first:
         trainer.save_checkpoint(state)
 
@@ -430,7 +437,8 @@ def run_rank(libraries: list[str], cases: dict[str, str], results: Path, rank: i
             torch.distributed.barrier()
             RUNS[library](resumed, rank, half, resumed.steps, state)
             losses = stopped.losses + resumed.losses
-            found[f"{library}/{name}"] = {"losses": losses, "weights": resumed.weights()}
+            validated = stopped.validated + resumed.validated
+            found[f"{library}/{name}"] = {"losses": losses, "weights": resumed.weights(), "validated": validated}
         last = Case(next(iter(cases.values())), results / library / "refused")
         found[f"{library}/refused"] = refusals(REFUSALS[library](last))
     (results / f"rank{rank}.json").write_text(json.dumps(found))

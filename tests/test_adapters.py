@@ -152,6 +152,13 @@ def test_lightning_and_fabric(tmp_path: Path, cases: dict[str, Path], own: dict[
     found, alone = run("lightning,fabric", cases, tmp_path)
     check_runs("lightning", found, own)
     check_runs("fabric", found, own)
+    for name in METHODS:
+        seen = [rank[f"lightning/{name}"]["validated"] for rank in found]
+        assert len(seen[0]) == STEPS, name
+        assert seen[0] == seen[1], f"{name}: ranks validate different weights"
+    # Between two exchanges what is validated is what all have agreed on at the last one.
+    seen = found[0]["lightning/local_sgd"]["validated"]
+    assert seen[1] == seen[2] != seen[3]
     check_refusals(alone, {"alone": "expected a model in DistributedDataParallel, found Linear"})
     for rank in found:
         check_refusals(

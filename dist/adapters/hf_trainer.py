@@ -59,7 +59,9 @@ def for_hf_trainer(
     check_accelerator(trainer.accelerator, settings, trainer.args.gradient_accumulation_steps)
     limit = trainer.args.max_grad_norm
     check_clipping(settings, limit, "TrainingArguments(max_grad_norm=...)", "for_hf_trainer")
-    if isinstance(settings, CompressSettings) and getattr(trainer.accelerator.ddp_handler, "find_unused_parameters", 0):
+    if isinstance(settings, CompressSettings) and getattr(
+        trainer.accelerator.ddp_handler, "find_unused_parameters", False
+    ):
         raise ValueError(
             "trainer: its DistributedDataParallel looks for unused parameters, as it does by default, and method "
             "compress sends all gradients in every step; give TrainingArguments(ddp_find_unused_parameters=False), "
