@@ -26,6 +26,7 @@ class Counted:
     activation_bytes: int
     used: Sequence[tuple[str, int]]
     blocks: Sequence[tuple[int, int, int]]
+    cast_bytes: int = 0
 
 
 def has_equal_blocks(model: GPT) -> bool:
@@ -52,6 +53,7 @@ def extend(one: Counted, two: Counted, blocks: int) -> Counted:
         two.activation_bytes + more * (two.activation_bytes - one.activation_bytes),
         _forwards(two.used, forward, blocks),
         [two.blocks[0], *[two.blocks[1]] * (blocks - 1)],
+        two.cast_bytes + more * (two.cast_bytes - one.cast_bytes),
     )
 
 

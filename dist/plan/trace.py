@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import thinwire.dist.models.grouped_product  # noqa: F401  defines the operators that are counted here
@@ -43,6 +44,8 @@ class StepTrace:
     used: parameters in the order in which forward comes to the modules that have them, each with the share of the
         forward pass's operations that is done by then.
     blocks: see BlockTrace; in the order of the forward pass.
+    cast_bytes: of weights in the precision of the computing, kept until backward where autocast makes them; not among
+        the activations.
     """
 
     forward_flops: int
@@ -51,6 +54,7 @@ class StepTrace:
     activation_bytes: int
     used: tuple[tuple[str, float], ...] = ()
     blocks: tuple[BlockTrace, ...] = ()
+    cast_bytes: int = 0
 
     def checkpointed(self) -> StepTrace:
         """The same where each block keeps its input alone, and computes the rest anew in the backward pass."""
@@ -107,6 +111,7 @@ def step_trace(counted: Counted) -> StepTrace:
         counted.activation_bytes,
         tuple((name, at / forward if forward else 0.0) for name, at in counted.used),
         tuple(BlockTrace(*block) for block in counted.blocks),
+        counted.cast_bytes,
     )
 
 
@@ -118,7 +123,9 @@ class _Tracer:
         self._names = names
         self._counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
         self._own = {_storage(t) for t in [*model.parameters(), *model.buffers()]}
+        self._casts = _Casts(self._own)
         self._kept: dict[int, int] = {}
+        self._kept_casts: dict[int, int] = {}
         self._came: list[tuple[str, int]] = []
         self._used: dict[str, int] = {}
         self._open: list[tuple[int, int, int]] = []
@@ -134,7 +141,7 @@ class _Tracer:
         for block in find_blocks(model):
             block.register_forward_pre_hook(self._open_block, with_kwargs=True)
             block.register_forward_hook(self._close_block)
-        with counter:
+        with counter, self._casts:
             with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor), context():
                 scores = model(inputs)
                 loss = F.cross_entropy(scores.flatten(0, -2).float(), targets.flatten())
@@ -144,12 +151,14 @@ class _Tracer:
                 loss.backward()
             backward = counter.get_total_flops() - forward
         ready = [(name, at - forward) for name, at in self._came]
-        return Counted(forward, backward, ready, activation_bytes, list(self._used.items()), self._blocks)
+        casts = sum(self._kept_casts.values())
+        return Counted(forward, backward, ready, activation_bytes, list(self._used.items()), self._blocks, casts)
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = _storage(tensor)
         if storage not in self._own:
-            self._kept[storage] = tensor.untyped_storage().nbytes()
+            kept = self._kept_casts if storage in self._casts.made else self._kept
+            kept[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
     def _note(self, parameter: Tensor) -> None:
@@ -169,6 +178,21 @@ class _Tracer:
         flops, kept, input_bytes = self._open.pop()
         now = sum(self._kept.values())
         self._blocks.append((self._counter.get_total_flops() - flops, now - kept, input_bytes))
+
+
+class _Casts(TorchDispatchMode):
+    """Sees weights cast to another precision. made: by storage; held, so that no other gets its place."""
+
+    def __init__(self, weights: Collection[int]) -> None:
+        super().__init__()
+        self._weights = weights
+        self.made: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._weights:
+            self.made[_storage(out)] = out
+        return out
 
 
 def _without_memory(model: nn.Module) -> nn.Module:
