@@ -31,15 +31,17 @@ from thinwire.comm.gossip.simulation import Simulation, pause
 from thinwire.comm.meter import TrafficMeter
 from thinwire.comm.onebyte.forecast import forecast_onebyte
 from thinwire.comm.onebyte.settings import OneByteSettings
-from thinwire.comm.partition.forecast import forecast_partition
+from thinwire.comm.partition.forecast import forecast_partition, gathered_bytes
 from thinwire.comm.partition.optimizer import PartitionedOptimizer
 from thinwire.comm.partition.settings import PartitionSettings
-from thinwire.comm.partition.traffic import unit_shapes
+from thinwire.comm.partition.traffic import UnitShapes, unit_shapes
 from thinwire.dist.config import RunConfig, load_config
 from thinwire.dist.gossip_train import GossipTrainer
 from thinwire.dist.metrics import Record
-from thinwire.dist.plan.forecasts import forecast_run
+from thinwire.dist.models import build_model
+from thinwire.dist.plan.forecasts import Subject, forecast_run
 from thinwire.dist.plan.prediction import subject_of
+from thinwire.dist.plan.trace import StepTrace
 from thinwire.dist.train import Trainer
 from thinwire.dist.zeroth_order import ZerothOrderTrainer
 
@@ -335,3 +337,44 @@ def test_runs_with_spread_experts_send_what_is_foretold_but_for_uneven_loads(tmp
 
 def part(forecast: Forecast, operation: str) -> Forecast:
     return Forecast(tuple(e for e in forecast.exchanges if e.operation.startswith(operation)))
+
+
+def test_whole_weights_in_use_are_the_roots_and_of_two_blocks() -> None:
+    sizes = {"root": 640, "small": 64, "large": 320}
+    units = [UnitShapes({name: torch.Size([numel])}, {}, is_root=name == "root") for name, numel in sizes.items()]
+    place = seat_of([("node", 2), ("world", 8)], 3)
+    for params, expected in (("rank", 0), ("node", 2 * (640 + 320 + 64)), ("world", 2 * (640 + 320 + 64))):
+        settings = PartitionSettings(params=params, grads="world", optim="world")
+        assert gathered_bytes(settings, units, place, prefetch=1, compute_dtype=torch.bfloat16) == expected
+    assert gathered_bytes(PartitionSettings(), units, place, prefetch=0) == 4 * (640 + 320)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "size", "message"),
+    [
+        ("gossip", ("method.graph=auto", "train.global_batch=600"), 600, "method.graph: auto compares graphs by their"),
+        ("gossip_machines", (), 4, "method.machines.machines: 3 addresses, but the cluster has 4 ranks"),
+        ("partition", ("method.params=rack",), 4, "method.params: the machine has no level 'rack'"),
+        ("onebyte_gpt", ("method.exchange={kind: flood, graph: hypercube}", "train.global_batch=6"), 6, "hypercube"),
+        (
+            "moe_expert_parallel",
+            (*EXPERTS, "model.expert_parallel=rack"),
+            4,
+            "model.expert_parallel: there is no level",
+        ),
+        ("moe_expert_parallel", (*EXPERTS, "model.experts=5"), 4, "model.experts: 5 cannot be shared equally by the 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    name: str, overrides: tuple[str, ...], size: int, message: str, tmp_path: Path
+) -> None:
+    config = small(name, tmp_path, *overrides)
+    subject = Subject(config, *_model_of(config))
+    with pytest.raises(ValueError, match=message):
+        forecast_run(subject, seat_of([("node", 2), ("world", size)], 1))
+
+
+def _model_of(config: RunConfig) -> tuple[nn.Module, StepTrace]:
+    """Without the seconds that a trace takes."""
+    model = build_model(config.model, tokenizer_vocab=256, seed=0, device=torch.device("meta"))
+    return model, StepTrace(1, 1, tuple((name, 1.0) for name, _ in model.named_parameters()), 0)

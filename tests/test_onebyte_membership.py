@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 from onebyte_simulation import RUN, SNAPSHOT_EVERY, Machine, Numbers, Simulation
 
+from thinwire.comm.forecast import seat_of
+from thinwire.comm.onebyte.forecast import forecast_membership
 from thinwire.comm.onebyte.membership import messages
+from thinwire.comm.onebyte.membership.connections import packed_bytes
 from thinwire.comm.onebyte.membership.errors import HistoryError, ModelMismatchError, RefusedError
 from thinwire.comm.onebyte.membership.frame import pack_frame, parse_frame
 from thinwire.comm.onebyte.membership.promise import Promise
 from thinwire.comm.onebyte.membership.quorum import is_quorum
 from thinwire.comm.onebyte.rounds import Round
+from thinwire.comm.onebyte.settings import OneByteSettings
 
 SCHEDULES = 25
 
@@ -123,6 +127,10 @@ def test_a_round_costs_each_member_one_frame_and_the_leader_one_proposal_each(ma
     proposals = [sent for _, _, sent in run.sent if isinstance(sent, messages.Propose)]
     assert 3 * (machines - 1) <= len(proposals) <= 5 * (machines - 1)
     assert not any(p.confirm for p in proposals)
+    if machines > 1:
+        place = seat_of([("world", machines)], 0)
+        (foretold,) = forecast_membership(OneByteSettings(samples=3), [], place, rate_changes=True).exchanges
+        assert {(machines - 1) * packed_bytes(p) for p in proposals} == {foretold.sent_bytes["world"]}
 
 
 @pytest.mark.parametrize("fault", ["killed", "stopped", "cut off"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from thinwire.comm.forecast import Exchange, Forecast, Parameter, Seat
 from thinwire.comm.onebyte.fixed_exchange import HASH_BYTES, OPERATION, SNAPSHOT, spread_of
 from thinwire.comm.onebyte.flood import FloodSettings
+from thinwire.comm.onebyte.log import CHECK_BYTES
 from thinwire.comm.onebyte.membership.connections import packed_bytes
 from thinwire.comm.onebyte.membership.frame import FRAME_BYTES
 from thinwire.comm.onebyte.membership.messages import Propose
@@ -91,8 +92,8 @@ def kept_bytes(settings: OneByteSettings, parameters: Sequence[Parameter]) -> di
 
 
 def _round_bytes(machines: int, samples: int, *, rate_changes: bool) -> bytes:
-    """The record of a round to which all have contributed."""
+    """The record of a round to which all have contributed, with its check bytes, whatever they are."""
     roster = Roster(0, tuple(Member(slot, str(slot), "", samples) for slot in range(machines)))
     contributions = tuple(Contribution(slot, bytes(samples)) for slot in range(machines))
     context = Context().after(roster).after(Round(0, 1.0, contributions))
-    return encode(Round(1, 0.5 if rate_changes else 1.0, contributions), context)
+    return encode(Round(1, 0.5 if rate_changes else 1.0, contributions), context) + bytes(CHECK_BYTES)

@@ -29,7 +29,7 @@ _VERSION = 1
 _HEADER = struct.Struct("<8sHI")
 _LARGEST_MANIFEST = 1 << 28
 _HASH_BYTES = 32
-_CHECK_BYTES = 4
+CHECK_BYTES = 4
 _READ_BYTES = 1 << 20
 
 
@@ -195,15 +195,15 @@ class Log:
                 record, end = found
                 yield record
                 context = context.after(record)
-                at = end + _CHECK_BYTES
+                at = end + CHECK_BYTES
             start = until
 
     def append(self, record: Record) -> None:
         """Write a record at the end. Raises ValueError if it cannot follow; OSError leaves the log as it was."""
         data = encode(record, self._context)
         hashed = sha256(self._chain[-_HASH_BYTES:] + data).digest()
-        self._write(data + hashed[:_CHECK_BYTES])
-        self._count(record, len(data) + _CHECK_BYTES, hashed)
+        self._write(data + hashed[:CHECK_BYTES])
+        self._count(record, len(data) + CHECK_BYTES, hashed)
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` records."""
@@ -257,14 +257,14 @@ class Log:
         """Verify records that follow the last one, and index them. Returns where the last whole one ends."""
         while True:
             found = decode(data, at, self._context)
-            if found is None or len(data) < found[1] + _CHECK_BYTES:
+            if found is None or len(data) < found[1] + CHECK_BYTES:
                 return at
             record, end = found
             hashed = sha256(self._chain[-_HASH_BYTES:] + data[at:end]).digest()
-            if data[end : end + _CHECK_BYTES] != hashed[:_CHECK_BYTES]:
+            if data[end : end + CHECK_BYTES] != hashed[:CHECK_BYTES]:
                 raise RecordError("its check bytes are not those of the chain")
-            self._count(record, end + _CHECK_BYTES - at, hashed)
-            at = end + _CHECK_BYTES
+            self._count(record, end + CHECK_BYTES - at, hashed)
+            at = end + CHECK_BYTES
 
     def _count(self, record: Record, size_bytes: int, hashed: bytes) -> None:
         context = self._context.after(record)
