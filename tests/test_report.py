@@ -235,7 +235,7 @@ def test_the_page_stands_alone(tmp_path: Path) -> None:
     assert page.pictures == [(tmp_path / "out" / name).read_bytes() for name in names]
     assert all(png.startswith(PNG) for png in page.pictures)
     assert "<b>fp32 & co" in page.text  # as text, not as a tag
-    assert "all of the method, world" in page.text
+    assert "all but control, world" in page.text
     assert "1,000 bytes" in page.text
 
 

@@ -154,7 +154,7 @@ def _traffic_table(runs: Sequence[Run]) -> Section:
         for level in dict.fromkeys([*by_level, *predicted]):
             told = f"{predicted[level]:,} bytes" if level in predicted else "-"
             metered = f"{by_level.get(level, 0.0):,.0f} bytes"
-            rows.append([run.label, f"all of the method, {level}", "-", metered, "-", "-", told])
+            rows.append([run.label, f"all but control, {level}", "-", metered, "-", "-", told])
         rows += [
             [
                 run.label,
@@ -171,7 +171,7 @@ def _traffic_table(runs: Sequence[Run]) -> Section:
     caption = (
         "Means of a step. `ms under way` counts from the hand-over of a collective to its end, waiting for late ranks "
         "included, whether it was hidden behind computation or not. `predicted` is what the method said before the "
-        "first step, for a step in which it exchanges."
+        "first step that it would send in that step."
     )
     return Section("Traffic by operation", [Table(head, rows)], caption)
 
