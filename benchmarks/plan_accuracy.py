@@ -35,7 +35,7 @@ WAYS = (
     *OURS,
     Contender("thinwire one byte", config="demo_onebyte.yaml"),
 )
-PROBES = Path("build/benchmarks/probes")
+PROBES = Path(__file__).resolve().parent / "results" / "probes"
 
 
 @dataclass(frozen=True)

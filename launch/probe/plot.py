@@ -41,14 +41,10 @@ def draw(cluster: Cluster, path: Path) -> None:
                 sizes, speeds = [t.size_bytes for t in times], [t.bus_bps / 1e6 for t in times]
                 label = operation if len(cluster.levels) == 1 else f"{operation}, {level.name}"
                 sweep.plot(sizes, speeds, "o-", markersize=4, label=label)
-        if level.size > level.ranks_per_link:
-            each = level.link_bps / level.ranks_per_link / 1e6
-            sweep.axhline(each, color="grey", linewidth=0.8, linestyle=":")
-            sweep.text(sweep.get_xlim()[0], each, f" {level.name}: {each:.3g} a rank", fontsize=7, va="bottom")
     sweep.set_xscale("log")
     sweep.set_yscale("log")
     sweep.set_xlabel("bytes")
-    sweep.set_title("bus bandwidth of collectives, Mbit/s")
+    sweep.set_title("bus bandwidth of collectives, Mbit/s a rank")
     sweep.grid(alpha=0.3, which="both")
     sweep.legend(fontsize=8)
     figure.suptitle(f"{cluster.name}: {cluster.size} ranks")
@@ -75,7 +71,8 @@ def _heat_map(axes: Any, matrix: Sequence[Sequence[float]], title: str, across: 
         for b, value in enumerate(row):
             if not math.isnan(value):
                 colour = "white" if (value <= middle) == dark_is_low else "black"
-                axes.text(b, a, f"{value:.3g}", ha="center", va="center", fontsize=8, color=colour)
+                text = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+                axes.text(b, a, text, ha="center", va="center", fontsize=8, color=colour)
 
 
 def _times(value: float | None, factor: float) -> float:
