@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs"
 FAST_BPS = 10e9
 """Of links that nobody waits for: where a run learns, and is not timed."""
+NOT_RUN = "has not been run here"
 _POLL_S = 0.02
 
 
@@ -111,13 +112,23 @@ class LabRuns:
         limit_s: of one run; one that takes longer has failed.
         timed_steps: at each rate, unless they take more than ten seconds.
         afresh: measure all seconds again, and leave the file as it is; only what was learned is taken from it.
+        known_only: run nothing; what is missing is an error.
     """
 
-    def __init__(self, path: Path, *, limit_s: float = 600.0, timed_steps: int = 6, afresh: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        limit_s: float = 600.0,
+        timed_steps: int = 6,
+        afresh: bool = False,
+        known_only: bool = False,
+    ) -> None:
         self._path = path
         self._limit_s = limit_s
         self._timed_steps = timed_steps
         self._afresh = afresh
+        self._known_only = known_only
         self._kept = self._read()
         if afresh:
             self._kept = [{**entry, "timings": {}, "error": ""} for entry in self._kept]
@@ -138,6 +149,8 @@ class LabRuns:
             needs_curve = curve and known.curve is None
             if not missing and not needs_curve:
                 break
+            if self._known_only:
+                return replace(known, error=NOT_RUN)
             made = self._run(way, machine, steps, missing, needs_curve)
             timings = {**known.timings, **made.timings}
             no_progress = not made.error and not made.timings and made.curve is None

@@ -13,7 +13,7 @@ must have DDP's losses are checked to have them in their first steps, and not tr
 an average over all at the end, are charged as so many of DDP's steps. Peers live in environments of their own, which
 the script makes under build/; where one fails, what it said is in the JSON and below the table.
 
-Runs are kept in --keep: a run that is there is not made again.
+Runs are kept in --keep: a run that is there is not made again, so a benchmark that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lab_runs import Curve, LabRuns, Machine, Outcome
+from lab_runs import NOT_RUN, Curve, LabRuns, Machine, Outcome
 from runner import Row, arguments, report
 from time_to_loss_plot import draw
 from time_to_loss_ways import DDP, OURS, PEERS, Contender
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=6, help="steps to time at each rate; fewer where they are long")
     parser.add_argument("--only", nargs="*", help="ways whose label contains one of these, besides fp32 DDP")
     parser.add_argument("--learn", action="store_true", help="train to the end what is missing, and time nothing")
+    parser.add_argument("--known", action="store_true", help="run nothing: show what the file of runs has")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--keep", type=Path, metavar="FILE", default=KEPT, help="file of the runs that are there")
     parser.add_argument("--afresh", action="store_true", help="time all steps again, and leave that file as it is")
@@ -76,7 +77,7 @@ def main() -> None:
         if way is not baseline and (not options.only or any(part in way.label for part in options.only))
     ]
     rates = [] if options.learn else sorted((parse_rate(rate) for rate in options.rates), reverse=True)
-    runs = LabRuns(options.keep, timed_steps=options.timed, afresh=options.afresh)
+    runs = LabRuns(options.keep, timed_steps=options.timed, afresh=options.afresh, known_only=options.known)
     if options.retry:
         runs.forget_errors()
     failed: dict[str, str] = {}
@@ -88,7 +89,7 @@ def main() -> None:
     for way in wanted:
         try:
             found.append(examine(runs, way, options.steps, rates, target, dense))
-        except PeerFailedError as error:
+        except NoResultError as error:
             failed[way.label] = str(error)
     if not rates:
         print_learned(found, failed, target)
@@ -98,13 +99,13 @@ def main() -> None:
     extra = {"target": target, "steps": options.steps, "hosts": MACHINE.hosts, "ways": ways, "failed": failed}
     report(str(__doc__).splitlines()[0], rows, device=torch.device("cpu"), path=options.json, extra=extra)
     for label, why in failed.items():
-        print(f"{label} does not run here: {why}")
+        print(f"{label}: {why}")
     if options.plot:
         draw(rows, failed, target, options.plot)
 
 
-class PeerFailedError(RuntimeError):
-    """A peer does not run here; the text is its own."""
+class NoResultError(RuntimeError):
+    """A peer does not run here, and the text is its own; or nothing was to be run."""
 
 
 def examine(runs: LabRuns, way: Contender, steps: int, rates: Sequence[float], target: float, dense: Outcome) -> Result:
@@ -135,9 +136,9 @@ def examine(runs: LabRuns, way: Contender, steps: int, rates: Sequence[float], t
 
 
 def got(outcome: Outcome, way: Contender) -> Outcome:
-    """Raises PeerFailedError, or SystemExit where the failure is thinwire's own."""
-    if outcome.error and way.peer:
-        raise PeerFailedError(outcome.error)
+    """Raises NoResultError, or SystemExit where the failure is thinwire's own."""
+    if outcome.error and (way.peer or outcome.error == NOT_RUN):
+        raise NoResultError(outcome.error)
     if outcome.error:
         raise SystemExit(f"{way.label}: {outcome.error}")
     return outcome
@@ -189,7 +190,7 @@ def print_learned(found: Sequence[Result], failed: Mapping[str, str], target: fl
     for result in found:
         print(f"{result.way.label:36} {result.steps:6.1f} steps of {result.schedule}, ends at {result.final_loss:.4f}")
     for label, why in failed.items():
-        print(f"{label:36} fails: {why}")
+        print(f"{label:36} {why}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import Row
+from time_to_loss_ways import DDP
 
 from thinwire.comm.units import parse_rate
 
@@ -33,6 +34,8 @@ def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Pa
         best = best_of(sides[other])
         if best:
             axes.plot(*zip(*best, strict=True), color="0.75", linewidth=7, label=f"best of {other}", zorder=0)
+        if side == "thinwire" and DDP in lines:
+            axes.plot(*zip(*sorted(lines[DDP].items()), strict=True), "--", color="0.3", linewidth=1.5, label=DDP)
         slowest_mbit = min((min(line) for line in own.values()), default=0.0)
         order = sorted(own, key=lambda label: -own[label].get(slowest_mbit, 0.0))
         for number, label in enumerate(order):
@@ -58,7 +61,7 @@ def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Pa
     if never:
         notes.append(f"never there: {', '.join(never)}")
     if failed:
-        notes.append(f"does not run here: {', '.join(failed)}")
+        notes.append(f"without a result here: {', '.join(failed)}")
     figure.supxlabel("; ".join(notes), fontsize=8, color="0.3")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
