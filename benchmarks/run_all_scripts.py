@@ -99,6 +99,7 @@ PARTS = {
     "run_all": "runs the others",
     "run_all_scripts": "part of run_all.py",
     "runner": "part of all",
+    "steps_factor": "makes the table of steps that `thinwire plan` reads, of what time_to_loss.py has measured",
     "stdlib_texts": "texts of onebyte_finetune.py",
     "time_to_loss_plot": "part of time_to_loss.py",
     "time_to_loss_ways": "part of time_to_loss.py",
