@@ -365,6 +365,7 @@ def test_all_wait_for_the_last_gradient_where_the_norm_is_clipped_first() -> Non
     [
         (("method.exact_within=rack",), r"method\.exact_within: there is no level 'rack'; it has node, world"),
         (("method.exact_within=world",), r"method\.exact_within: world holds all 4 ranks"),
+        (("method.feedback={kind: ef21_pp, participation: [0.5, 0.5]}",), "2 probabilities for 4 ranks"),
     ],
 )
 def test_what_does_not_fit_the_levels_is_refused(overrides: tuple[str, ...], match: str) -> None:
@@ -380,7 +381,7 @@ def test_what_is_not_foretold_is_said() -> None:
 
     assert remarks() == ""
     assert "the first 3 steps send all in fp32" in remarks("method.start_step=3")
-    assert "auto measures 3 steps" in remarks("method.compressor=auto")
+    assert "auto measures 3 steps" in remarks("method.compressor={kind: auto, candidates: [int8]}")
     assert "only in the steps that it takes part in" in remarks("method.feedback=ef21_pp")
     assert "while feedback dgc warms up" in remarks(
         "method.compressor=topk", "method.feedback={kind: dgc, warmup_steps: 4}", "optimizer={kind: sgd, momentum: 0.0}"

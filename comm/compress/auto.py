@@ -24,7 +24,7 @@ from thinwire.comm.compress.decoded import add_to
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.compress.measure import CodecSpeed, measure_codec, measure_link
 from thinwire.comm.compress.routes import Route
-from thinwire.comm.settings import Settings
+from thinwire.comm.settings import FROM_LIST, Settings
 from thinwire.comm.two_shot import TwoShotMean
 
 _ROUNDS = 2  # latencies of one exchange: to the owners and back, or lengths and payloads
@@ -49,7 +49,7 @@ class Auto(Settings):
     kind: Literal["auto"] = "auto"
     share: float = Field(0.5, gt=0)
     measure_steps: int = Field(3, ge=2)
-    candidates: tuple[AnyCompressor, ...] = Field(_CANDIDATES, min_length=1)
+    candidates: Annotated[tuple[AnyCompressor, ...], FROM_LIST] = Field(_CANDIDATES, min_length=1)
 
 
 AnyChoice: TypeAlias = Annotated[EachCompressor | Auto, Field(discriminator="kind"), BeforeValidator(from_name)]

@@ -14,6 +14,7 @@ from thinwire.comm.compress.draw import Draw
 from thinwire.comm.compress.feedback.ef21 import EF21Feedback
 from thinwire.comm.compress.feedback.protocol import FeedbackSettings, Place
 from thinwire.comm.compress.feedback.store import Storage
+from thinwire.comm.settings import FROM_LIST
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
 
@@ -53,7 +54,7 @@ class EF21PP(FeedbackSettings):
     """
 
     kind: Literal["ef21_pp"] = "ef21_pp"
-    participation: Probability | tuple[Probability, ...] = 0.5
+    participation: Probability | Annotated[tuple[Probability, ...], FROM_LIST] = 0.5
 
     def build(self, place: Place) -> PartialEF21:
         return PartialEF21(self, place)

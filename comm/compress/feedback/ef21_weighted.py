@@ -13,6 +13,7 @@ from torch import Tensor
 from thinwire.comm.compress.feedback import theory
 from thinwire.comm.compress.feedback.ef21 import EF21Feedback
 from thinwire.comm.compress.feedback.protocol import FeedbackSettings, Place
+from thinwire.comm.settings import FROM_LIST
 
 _CLIP = 10.0  # estimated weights stay within [1 / (10 n), 10 / n]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -37,7 +38,7 @@ class EF21W(FeedbackSettings):
     """
 
     kind: Literal["ef21_w"] = "ef21_w"
-    smoothness: tuple[Positive, ...] | None = None
+    smoothness: Annotated[tuple[Positive, ...], FROM_LIST] | None = None
     contraction: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     smoothness_of_mean: Positive | None = None
 
