@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -17,8 +17,13 @@ from thinwire.launch.complaint import complain, is_ours
 from thinwire.launch.simulate import USER_ERROR, by_machine
 
 if TYPE_CHECKING:
+    from thinwire.dist.cluster_simulation.disturbances import Disturbances
+    from thinwire.dist.cluster_simulation.restarts import Recovery
     from thinwire.dist.cluster_simulation.scaling import ScalingPoint
+    from thinwire.dist.config import RunConfig
+    from thinwire.dist.plan.cluster import Cluster
 
+_NOTABLE = 0.05  # of a step: less is not worth a line
 _WIDTH = 130  # of the table where there is no terminal
 _DRAWN = (("computing", "computed_s"), ("waiting for the wire", "wire_s"), ("waiting for others", "others_s"))
 
@@ -78,7 +83,7 @@ def simulate_cluster(path: Path, overrides: Sequence[str], asked: Asked) -> int:
     subject = f"{config.name} by {config.method.kind} on {cluster.name}, {asked.scaling} scaling"
     print(
         f"{subject}, {config.train.steps} steps, "
-        f"of which {len(points[0].run.step_s)} are simulated; {_told(disturbances, recovery)}"
+        f"of which {len(points[0].run.step_s)} are simulated; {_told(config, disturbances, recovery)}"
     )
     _print_table(points, title=f"a step, mean over ranks; efficiency: throughput per device, {base} devices = 1")
     for line in [*remarks(points), *_left_out(disturbances.slow, counts)]:
@@ -102,7 +107,7 @@ def simulate_cluster(path: Path, overrides: Sequence[str], asked: Asked) -> int:
     return 0
 
 
-def counts_of(scale: str | None, cluster: Any) -> list[int]:
+def counts_of(scale: str | None, cluster: Cluster) -> list[int]:
     """Numbers of devices, of a text such as "16,64,384"; "all": doubled from one group on; None: the whole cluster.
 
     Raises:
@@ -128,7 +133,7 @@ def remarks(points: Sequence[ScalingPoint]) -> list[str]:
     lines = []
     last = points[-1].run
     rank, less_s = last.waited_for
-    if less_s > 0.01 * last.mean_step_s:
+    if less_s > _NOTABLE * last.mean_step_s:
         lines.append(
             f"waited for: rank {rank} waits for others {_duration(less_s)} less in a step than the mean rank does"
         )
@@ -188,7 +193,7 @@ def draw(points: Sequence[ScalingPoint], path: Path, *, title: str) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both", axis="y")
     left.set_xticks(counts, [str(count) for count in counts])
-    left.tick_params(axis="x", which="minor", bottom=False)
+    left.set_xticks([], minor=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -201,16 +206,24 @@ def _check(asked: Asked) -> None:
             raise ValueError(f"{option}: {file}: there is no folder {file.parent}; make it first")
 
 
-def _told(disturbances: Any, recovery: Any) -> str:
+def _told(config: RunConfig, disturbances: Disturbances, recovery: Recovery) -> str:
+    from thinwire.dist.cluster_simulation.run import lost_after_s
+
     told = [f"rank {rank} {factor:g} times slower" for rank, factor in sorted(disturbances.slow.items())]
     if disturbances.jitter:
         told.append(f"computing varies by {100 * disturbances.jitter:g} %")
     if disturbances.failures_per_device_hour:
-        every = f"every {recovery.every_steps} steps" if recovery.every_steps else "none"
-        told.append(
-            f"{disturbances.failures_per_device_hour:g} failures per device and hour, checkpoints {every} "
-            f"({recovery.checkpoint_s:g} s each), restarts of {recovery.restart_s:g} s"
-        )
+        wait_s = lost_after_s(config)
+        if wait_s is not None:
+            after = f"the others wait {wait_s:g} s for a lost one, and go on"
+        elif recovery.every_steps:
+            after = (
+                f"a checkpoint of {recovery.checkpoint_s:g} s every {recovery.every_steps} steps, a restart takes "
+                f"{recovery.restart_s:g} s"
+            )
+        else:
+            after = f"no checkpoints, a restart takes {recovery.restart_s:g} s"
+        told.append(f"{disturbances.failures_per_device_hour:g} failures per device and hour: {after}")
     return "; ".join(told) or "nothing disturbs it"
 
 

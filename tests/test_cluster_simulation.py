@@ -146,7 +146,7 @@ def test_two_ranks_wait_for_the_later_of_them() -> None:
     """E max of two log-normals of mean 1 is 2 Phi(sigma / sqrt 2)."""
     sigma = math.sqrt(math.log1p(0.3**2))
     expected = 1 + math.erf(sigma / 2)
-    assert mean_step(every_rank(cluster_of(1, 1, 2)), 0.3, 4000) == pytest.approx(expected, rel=0.01)
+    assert mean_step(every_rank(cluster_of(1, 1, 2)), 0.3, 1500) == pytest.approx(expected, rel=0.015)
 
 
 def test_many_ranks_wait_for_the_last() -> None:
@@ -157,7 +157,7 @@ def test_many_ranks_wait_for_the_last() -> None:
         [0.5 * math.erfc(-(math.log(t) + sigma**2 / 2) / sigma / math.sqrt(2)) if t else 0.0 for t in times[::50]]
     )
     expected = float(np.trapezoid(1 - phi**count, times[::50]))
-    assert mean_step(every_rank(cluster_of(2, 8, count)), 0.1, 400) == pytest.approx(expected, rel=0.01)
+    assert mean_step(every_rank(cluster_of(2, 8, count)), 0.1, 150) == pytest.approx(expected, rel=0.01)
 
 
 def test_failures_cost_what_theory_says() -> None:
@@ -223,8 +223,13 @@ def test_runs_of_real_configurations(tmp_path: Path, method: dict[str, Any]) -> 
     calm = simulate_run(prediction, Disturbances(), Recovery(), numel=numel, simulated=20)
     assert calm.mean_step_s == pytest.approx(prediction.time.step_s, rel=0.05 if method["kind"] == "gossip" else 1e-9)
     slow = simulate_run(prediction, Disturbances(slow={3: 50.0}), Recovery(), numel=numel, simulated=20)
-    assert slow.waited_for[0] == 3 or method.get("algorithm") == "ad_psgd"
-    assert slow.mean_step_s > calm.mean_step_s
+    if method.get("algorithm") == "ad_psgd":  # nobody waits, and the run ends with the first
+        assert slow.mean_step_s == pytest.approx(calm.mean_step_s)
+        assert slow.others_s == pytest.approx(0.0, abs=1e-12)
+        assert slow.sequences < calm.sequences
+    else:
+        assert slow.waited_for[0] == 3
+        assert slow.mean_step_s > calm.mean_step_s
 
 
 def run_cli(*arguments: object) -> Any:
@@ -232,21 +237,27 @@ def run_cli(*arguments: object) -> Any:
 
 
 def test_command(tmp_path: Path) -> None:
-    config_of(tmp_path, train={"steps": 200, "global_batch": 32, "eval_windows": 8}, checkpoint={"every_steps": 10})
-    levels = [{"name": "node", "size": 2, "link_bps": 1e9}, {"name": "world", "size": 16, "link_bps": 1e7}]
+    config_of(tmp_path, train={"steps": 200, "global_batch": 16, "eval_windows": 8}, checkpoint={"every_steps": 10})
+    levels = [{"name": "node", "size": 2, "link_bps": 1e9}, {"name": "world", "size": 8, "link_bps": 1e7}]
     described = {"levels": levels, "device": {"memory_bytes": 2e5, "peak_flops": 1e9}, "jitter": 0.1}
     cluster = tmp_path / "here.yaml"
     cluster.write_text(yaml.safe_dump(described))
     asked = [tmp_path / "run.yaml", "--cluster", cluster]
     result = run_cli(
-        *asked, "--scale", "all", "--steps", 20, "--slow", "3=2", "--failures", 10,
+        *asked, "--scale", "all", "--steps", 10, "--slow", "3=2", "--failures", 10,
         "--json", tmp_path / "all.json", "--plot", tmp_path / "all.png",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    for part in ("weak scaling", "rank 3 2 times slower", "waited for: rank 3", "failures: ", "would need"):
+    for part in (
+        "weak scaling",
+        "rank 3 2 times slower",
+        "waited for: rank 3",
+        "2 devices have no rank 3",
+        "would need",
+    ):
         assert part in result.output
     points = json.loads((tmp_path / "all.json").read_text())["points"]
-    assert [point["ranks"] for point in points] == [2, 4, 8, 16]
+    assert [point["ranks"] for point in points] == [2, 4, 8]
     assert points[0]["efficiency"] == 1
     assert all(point["step_s"] >= point["foretold_step_s"] for point in points)
     assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
@@ -257,7 +268,7 @@ def test_command(tmp_path: Path) -> None:
         ([asked[0], "--hosts", 4, "--jitter", 0.1], "--jitter says nothing with --hosts"),
         ([*asked, "--scale", "3"], "3 ranks do not fill groups of 2"),
         ([*asked, "--scale", "some"], "--scale: 'some'"),
-        ([*asked, "--slow", "16=2"], "the ranks are 0..15"),
+        ([*asked, "--slow", "8=2"], "the ranks are 0..7"),
         ([*asked, "--jitter", -1], "--jitter: -1"),
         ([*asked, "--scale", "12", "--strong"], "cannot be shared equally by 12 ranks"),
         ([*asked, "--plot", tmp_path / "no" / "x.png"], "there is no folder"),

@@ -31,7 +31,8 @@ class SimulatedRun:
     """What a run does. Seconds are those of a step, in the steady state.
 
     simulated_ranks: those that stand for all.
-    step_s: of each step that was carried out, until the last rank has ended it.
+    step_s: of each step that was carried out, until the last rank has ended it; where machines keep their own pace,
+      and end with the first of them, until the first has.
     computed_s, others_s, wire_s: in the mean over ranks: computing, waiting for other ranks, waiting for what is on the
       wire.
     waited_for: the rank that waits least for others, and how much less than the mean.
@@ -116,14 +117,16 @@ def simulate_run(
     period = period_of(prediction.forecast.exchanges)
     for _ in range(math.ceil(_WARM_UP / period) * period):
         before = steps.next()
-    ended = [float(before.ended_s[steps.alive].max())]
+    own_pace = isinstance(config.method, GossipSettings) and not config.method.algorithm.in_rounds
+    until = np.min if own_pace else np.max
+    ended = [float(until(before.ended_s[steps.alive]))]
     waited = np.zeros((3, len(ranks)))
     carried_out = math.ceil(simulated / period) * period
     for _ in range(carried_out):
         outcome = steps.next()
         if not steps.alive.any():
             raise ValueError("--failures: all ranks have failed within the steps that are simulated; give fewer")
-        ended.append(float(outcome.ended_s[steps.alive].max()))
+        ended.append(float(until(outcome.ended_s[steps.alive])))
         waited += (outcome.computed_s, outcome.others_s, outcome.wire_s)
     waited /= carried_out
     step_s = tuple(float(seconds) for seconds in np.diff(ended))
@@ -136,6 +139,8 @@ def simulate_run(
         seed=disturbances.seed,
     )
     means = np.average(waited, axis=1, weights=ranks.stands_for * steps.alive)
+    paces = ended[-1] / outcome.ended_s if own_pace else np.ones(len(ranks))
+    share = float(np.average(paces * steps.alive, weights=ranks.stands_for))  # of the steps that all would take
     least = int(np.argmin(np.where(steps.alive, waited[1], math.inf)))
     return SimulatedRun(
         ranks=cluster.size,
@@ -148,7 +153,7 @@ def simulate_run(
         foretold_s=prediction.time.step_s,
         completion=completion,
         lost_ranks=int((~steps.alive).sum()),
-        sequences=round(config.train.global_batch * config.train.steps * steps.alive.mean()),
+        sequences=round(config.train.global_batch * config.train.steps * share),
     )
 
 
