@@ -68,13 +68,17 @@ class Attached:
         queue: what it exchanges through.
         optimizer: of the loop, without wrappers, where the method is one under which each rank's is its own.
         device: of the model.
+        owns_queue: whether the queue ends with remove().
     Attributes: method, queue.
     """
 
-    def __init__(self, method: Method, queue: CommQueue, optimizer: Optimizer | None, device: torch.device) -> None:
+    def __init__(
+        self, method: Method, queue: CommQueue, optimizer: Optimizer | None, device: torch.device, *, owns_queue: bool
+    ) -> None:
         self.method = method
         self.queue = queue
         self._device = device
+        self._owns_queue = owns_queue
         self._optimizer = optimizer if isinstance(method, LocalSGD) else None
         self._loaded: Mapping[Any, Any] | None = None  # this rank's optimizer state, until the first step
         if self._optimizer is not None:
@@ -154,6 +158,9 @@ class Attached:
         if self._optimizer is not None:
             self._hook.remove()
         self.method.remove()
+        if self._owns_queue:
+            self.queue.close()
+            self.queue.monitor.close()
 
     def _bring_back(self) -> None:
         if self._loaded is None or self._optimizer is None:
@@ -222,7 +229,7 @@ def attach(
         case LocalSGDSettings():
             assert plain is not None, "refused above"
             method = enter_local_sgd(model, plain, settings, queue=queue)
-    return Attached(method, queue, plain, device)
+    return Attached(method, queue, plain, device, owns_queue=world is None)
 
 
 def check_clipping(settings: AttachableSettings, limit: float | None, name: str, call: str) -> None:

@@ -48,7 +48,9 @@ def for_hf_trainer(
     Returns: the callback; its attribute `attached` is the method, once train() has begun.
     Raises:
         ValueError: here or from train(): a trainer under which the method would not run, or would run wrongly.
-        PeerLostError, PeerLateError, PeerFailedError: from train(), when a rank is gone or overdue.
+        PeerLostError, PeerLateError, PeerFailedError: from train(), when a rank is gone or overdue in an exchange of
+            the method. In a collective of the Trainer's own it is a RuntimeError of torch; that which counts tokens
+            over all ranks comes before each step, unless TrainingArguments(average_tokens_across_devices=False).
 
     Example:
         trainer = Trainer(model, args, train_dataset=texts)
