@@ -253,7 +253,7 @@ def probe(
     overrides: Overrides = None,
     seconds: Annotated[
         float, typer.Option(min=1, max=3600, help="How long to measure links and computing; reading data is not in it.")
-    ] = 12,
+    ] = 10,
     json: Annotated[
         Path | None,
         typer.Option("--json", help="File for all figures: what plan takes as --cluster.", show_default=False),

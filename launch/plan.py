@@ -73,7 +73,7 @@ def describe_cluster(cluster: Cluster) -> str:
     levels = ", ".join(
         f"{level.name} of {level.size} at {format_rate(float(f'{level.link_bps:.3g}'))}/s"
         + (f" shared by {level.ranks_per_link}" if level.ranks_per_link > 1 else "")
-        + f" and {1e3 * level.latency_s:g} ms"
+        + f" and {1e3 * level.latency_s:.3g} ms"
         for level in cluster.levels
     )
     source = "as a probe measured it" if cluster.measured else "as described"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # What part of the time each measurement gets; the compressors take what they take.
 _PAIRS, _SWEEP, _CONTENTION, _FLOPS, _COMPUTE = 0.2, 0.4, 0.1, 0.05, 0.25
+_AVERAGES = 8  # that fit into the time of the contention, at least
 _LEAST_UTILISATION = 1e-6
 
 
@@ -69,9 +70,11 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     sweeps = [sweep(lockstep, name, sorted(world.mesh.group(name)), _SWEEP * seconds / len(names)) for name, _ in names]
     levels = _levels(world, sweeps)
     clock.lap("collectives")
-    largest = max(time.size_bytes for time in sweeps[-1] if time.operation == "all_reduce")
-    sent = sum(TwoShotMean(torch.float32).sent_bytes(largest // 4, world.rank, world.size).values())
-    lost_s = contention(lockstep, largest, sent, _CONTENTION * seconds)
+    reduces = [time for time in sweeps[-1] if time.operation == "all_reduce"]
+    short = [time.size_bytes for time in reduces if time.median_s < _CONTENTION * seconds / _AVERAGES]
+    size_bytes = max(short, default=reduces[0].size_bytes)
+    sent = sum(TwoShotMean(torch.float32).sent_bytes(size_bytes // 4, world.rank, world.size).values())
+    lost_s = contention(lockstep, size_bytes, sent, _CONTENTION * seconds)
     clock.lap("contention")
     flops = measure_flops(lockstep, _FLOPS * seconds)
     computes: tuple[ComputeSpeed, ...] = ()
