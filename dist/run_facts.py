@@ -24,8 +24,16 @@ class Described(Protocol):
     """What every trainer knows of itself once it is built."""
 
     parameters: int
-    method: Method
-    data: TaskData
+
+    @property
+    def method(self) -> Method:
+        """How it communicates."""
+        ...
+
+    @property
+    def data(self) -> TaskData:
+        """What it learns from."""
+        ...
 
 
 def describe_run(trainer: Described, world: World, *, global_batch: int, machines: int) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, anyway: bool = False) -> 
     sections += [_traffic_table(runs), *_facts(runs)]
     lead = f"{len(runs)} runs, compared with the first" if len(runs) > 1 else _one_line(runs[0])
     title = f"thinwire report: {', '.join(labels)}" if len(labels) < 5 else f"thinwire report: {len(labels)} runs"
-    footer = f"Written by `thinwire report {' '.join(str(run.folder) for run in runs)}`."
+    footer = f"Written by thinwire report {' '.join(str(run.folder) for run in runs)}."
     path = folder / PAGE
     path.write_text(page(title, lead, notes, sections, footer), encoding="utf-8")
     return Written(path, (path, *files), tuple(note.text for note in notes))
@@ -114,7 +114,7 @@ def _pictured(pictures: Mapping[str, bytes], runs: Sequence[Run]) -> list[Sectio
         "traffic": (
             "Bytes by level and operation",
             "Payload of one rank as the meter counted it where bytes were handed to the transport; headers are not in "
-            "it. `control/` is what the ranks tell each other beside the method.",
+            "it. Control is what the ranks tell each other beside the method.",
         ),
         "method": ("What the methods tell of themselves", ""),
     }
@@ -169,8 +169,8 @@ def _traffic_table(runs: Sequence[Run]) -> Section:
         ]
     head = ["run", "operation, level", "calls", "sent", "received", "ms under way", "predicted"]
     caption = (
-        "Means of a step. `ms under way` counts from the hand-over of a collective to its end, waiting for late ranks "
-        "included, whether it was hidden behind computation or not. `predicted` is what the method said before the "
+        "Means of a step. The ms under way count from the hand-over of a collective to its end, waiting for late ranks "
+        "included, whether it was hidden behind computation or not. Predicted is what the method said before the "
         "first step that it would send in that step."
     )
     return Section("Traffic by operation", [Table(head, rows)], caption)
