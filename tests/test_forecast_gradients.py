@@ -7,14 +7,14 @@ import dataclasses
 import functools
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_rows import GROUPS, METHODS, WIDTH, Row
+from contract_rows import GROUPS, METHODS, WIDTH, Row, enter_compress
 from contract_run import Run
 from ranks import Rank, run_ranks
 from torch import Tensor, nn
@@ -23,11 +23,14 @@ from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, torch_world
 
 from thinwire.comm.allreduce import AllReduce, AllReduceSettings, forecast_allreduce
+from thinwire.comm.compress.compressor import Compressor
+from thinwire.comm.compress.compressors.natural import Natural
 from thinwire.comm.compress.ddp import CompressedDDP
 from thinwire.comm.compress.forecast import forecast_compress
 from thinwire.comm.compress.handle import CompressedExchange
-from thinwire.comm.forecast import Forecast, Parameter, Seat, seat_of
+from thinwire.comm.forecast import Coding, Forecast, Parameter, Seat, seat_of
 from thinwire.comm.local_sgd.door import LocalSGDSettings
+from thinwire.comm.local_sgd.door import enter as enter_rounds
 from thinwire.comm.local_sgd.forecast import forecast_local_sgd
 from thinwire.comm.local_sgd.handle import LocalSGD
 from thinwire.comm.local_sgd.outer import AverageSettings
@@ -389,3 +392,73 @@ def test_what_is_not_foretold_is_said() -> None:
     lonely = seat_of([("world", 4)], 0)
     subject = subject_of_run(RUNS["compress_between_nodes"])
     assert any("node holds one rank here" in remark for remark in forecast_run(subject, lonely).remarks)
+
+
+@pytest.mark.parametrize(("collective", "feedback"), [("two_shot", "ef"), ("two_shot", "none"), ("all_gather", "ef")])
+def test_codings_are_the_calls_that_a_codec_gets(
+    monkeypatch: pytest.MonkeyPatch, collective: str, feedback: str
+) -> None:
+    counts: Counter[str] = Counter()
+    lock, inside = threading.Lock(), threading.local()
+
+    def counted(kind: str, work: Any, numel: Callable[..., int]) -> Any:
+        """What encode_with_feedback() decodes for itself is part of it."""
+
+        def call(codec: Compressor, *given: Any) -> Any:
+            if getattr(inside, "a_call", False):
+                return work(codec, *given)
+            with lock:
+                counts[kind] += numel(*given)
+                counts[f"{kind} calls"] += 1
+            inside.a_call = True
+            try:
+                return work(codec, *given)
+            finally:
+                inside.a_call = False
+
+        return call
+
+    for name in ("encode", "encode_with_feedback"):
+        monkeypatch.setattr(Natural, name, counted("encoded", getattr(Natural, name), lambda x, *_: x.numel()))
+    monkeypatch.setattr(Natural, "decode", counted("decoded", Natural.decode, lambda _, shape, *__: shape.numel()))
+    row = Row("compress-natural", enter_compress("natural", feedback, collective=collective), lossless=False)
+
+    def work(rank: Rank) -> tuple[Coding, ...]:
+        queue = rank.queue()
+        run = row.enter(rank, queue, row_model())
+        run.step(torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(rank.rank)))
+        queue.close()
+        return tuple(coding for one in forecast_of(row, run, SEATS[rank.rank]).exchanges for coding in one.coding)
+
+    codings = [coding for found in run_ranks(4, work) for coding in found]
+    assert {coding.codec for coding in codings} == {'{"kind": "natural"}'}
+    assert dict(counts) == {
+        "encoded": sum(coding.encoded for coding in codings),
+        "decoded": sum(coding.decoded for coding in codings),
+        "encoded calls": sum(coding.encodes for coding in codings),
+        "decoded calls": sum(coding.decodes for coding in codings),
+    }
+
+
+def test_rounds_average_running_statistics_too() -> None:
+    settings = LocalSGDSettings(every=2)
+
+    def work(rank: Rank) -> None:
+        seat = SEATS[rank.rank]
+        queue = rank.queue(levels=list(seat.level_of_peer))
+        with _seeding:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(8, 40), nn.BatchNorm1d(40), nn.Linear(40, 8))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        method = enter_rounds(model, optimizer, settings, queue=queue)
+        for _ in range(4):
+            model(torch.randn(4, 8, generator=torch.Generator().manual_seed(rank.rank))).square().sum().backward()
+            optimizer.step()
+        parameters = [Parameter(name, p.shape, p.dtype) for name, p in model.named_parameters()]
+        forecast = forecast_local_sgd(settings, parameters, seat, statistics=80)
+        assert metered(queue.meter) == bytes_of(forecast, 4)
+        kept = {**method._theta, **method._statistics.agreed}
+        assert forecast.memory_bytes["theta"] == storage_bytes(kept.values())
+        queue.close()
+
+    run_ranks(4, work)
