@@ -184,7 +184,7 @@ class _Casts(TorchDispatchMode):
     """Sees weights cast to another precision. made: by storage; held, so that no other gets its place."""
 
     def __init__(self, weights: Collection[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._weights = weights
         self.made: dict[int, Tensor] = {}
 
