@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import Rank, run_ranks
 from torch_threads import TorchRank, run_torch_ranks
-from worlds import close_world, small_config, small_text, torch_world
+from worlds import close_world, small_config, small_settings, small_text, torch_world
 
 import thinwire as tw
 from thinwire.comm.forecast import Coding, Exchange, codec_label
 from thinwire.comm.two_shot import TwoShotMean
+from thinwire.dist.config import load_config
 from thinwire.dist.config_errors import ConfigError
 from thinwire.dist.plan.cluster import Cluster, CodecSpeed, LinkLevel, load_cluster
 from thinwire.dist.plan.exchange_time import taken_s
@@ -285,3 +287,19 @@ def test_processors_that_ranks_share(probed: tuple[Probe, Path]) -> None:
         taken = taken_s(exchange, cluster.model_copy(update={"measured": measured}))
         assert taken == pytest.approx(1000 * 1e-7 + lost)
     assert taken_s(exchange, cluster.model_copy(update={"measured": None})) == 0
+
+
+def test_forward_passes_alone_foretell_no_training(probed: tuple[Probe, Path]) -> None:
+    found, folder = probed
+    assert found.cluster.measured is not None
+    (speed,) = found.cluster.measured.computes
+    forward_only = speed.model_copy(update={"forward_s": 0.25, "backward_s": 0.0, "optimizer_s": 0.0})
+    measured = found.cluster.measured.model_copy(update={"computes": (forward_only,)})
+    cluster = found.cluster.model_copy(update={"measured": measured})
+    assert predict(small_config(folder), cluster).compute_from.startswith("counted operations at")
+    settings = small_settings(folder) | {"method": {"kind": "onebyte"}}
+    del settings["optimizer"]  # of the same kind where none is given
+    (folder / "one_byte.yaml").write_text(yaml.safe_dump(settings))
+    one_byte = predict(load_config(folder / "one_byte.yaml"), cluster)
+    assert one_byte.compute_from == "measured by the probe"
+    assert one_byte.time.compute_s >= 2 * 0.25

@@ -199,9 +199,11 @@ def compute_digest(config: RunConfig, micro_batch: int) -> str:
 
 def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: int) -> tuple[ComputeTime, str]:
     wanted = compute_digest(subject.config, micro_batch)
-    found: ComputeSpeed | None = next(
-        (one for one in (cluster.measured.computes if cluster.measured else ()) if one.config == wanted), None
-    )
+    method = subject.config.method
+    computes = cluster.measured.computes if cluster.measured else ()
+    # The probe of a one-byte run times forward passes alone: of use to no other method.
+    usable = [one for one in computes if one.backward_s or isinstance(method, OneByteRunSettings)]
+    found: ComputeSpeed | None = next((one for one in usable if one.config == wanted), None)
     rate = cluster.device.flops_per_s
     elements = sum(parameter.numel for parameter in subject.parameters if parameter.trained)
     if found is not None:
@@ -212,7 +214,6 @@ def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: 
         flops = (trace.forward_flops, trace.backward_flops, _OPTIMIZER_FLOPS * elements)
         time = ComputeTime(*(count / rate for count in flops))
         source = f"counted operations at {rate / 1e12:.3g} TFLOP/s"
-    method = subject.config.method
     if isinstance(method, OneByteRunSettings):  # no backward pass; several forward passes, and sweeps over the weights
         passes = 2 * method.samples if method.estimate == "two_sided" else method.samples + 1
         applied = method.samples * (cluster.size if method.directions == "distinct" else 1)
