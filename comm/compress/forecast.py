@@ -95,7 +95,7 @@ def exchanges_of(
                     operation,
                     sent,
                     stage.messages,
-                    dict.fromkeys(sent, stage.shots),
+                    {seat.level_of_peer[r]: stage.shots for r in stage.sent_bytes},
                     when,
                     needs,
                     per_step,
