@@ -168,7 +168,7 @@ def break_even(found: Comparison) -> list[str]:
         f"soonest to the same loss, by the rate of the links of {slowest}: " + ("; ".join(parts) or "always the same")
     ]
     if found.break_even:
-        ends = ", ".join(f"{label} {rate(link_bps)}" for label, link_bps in found.break_even)
+        ends = "; ".join(f"{label}: {rate(link_bps)}" for label, link_bps in found.break_even)
         lines.append(f"steps are shorter than all-reduce's below: {ends}")
     return lines
 
