@@ -129,7 +129,7 @@ def tensors_of(state: Any) -> int:
 
 
 @rows_of("onebyte")
-def test_onebyte_sends_and_keeps_what_is_foretold(row: Row) -> None:
+def test_onebyte_sends_what_is_foretold(row: Row) -> None:
     settings = OneByteSettings.model_validate(options_of(row))
     model = make_model()
 
@@ -140,6 +140,18 @@ def test_onebyte_sends_and_keeps_what_is_foretold(row: Row) -> None:
         assert foretold(forecast, STEPS) == found
 
     run_ranks(SIZE, work)
+
+
+def test_onebyte_keeps_copies_of_16_bit_weights_masks_and_a_basis() -> None:
+    """A subspace has no tensors with fewer rows or columns than its rank."""
+    shapes = {"wide": (40, 3, 7), "narrow": (4, 90), "bias": (9,), "frozen": (64, 64)}
+    narrow = [Parameter(n, torch.Size(s), torch.bfloat16, trained=n != "frozen") for n, s in shapes.items()]
+    settings = OneByteSettings(kept=0.5, directions="subspace", rank=8)
+    forecast = forecast_onebyte(settings, narrow, seat(0))
+    trained = (840, 360, 9)
+    masks = sum(-(-numel // 8) for numel in trained)
+    assert forecast.memory_bytes == {"masters": 4 * sum(trained), "masks": masks, "basis": 8 * (40 + 21)}
+    assert forecast_onebyte(OneByteSettings(), parameters_of(make_model()), seat(0)).memory_bytes == {}
 
 
 @rows_of("balance")
@@ -353,6 +365,7 @@ def test_whole_weights_in_use_are_the_roots_and_of_two_blocks() -> None:
     ("name", "overrides", "size", "message"),
     [
         ("gossip", ("method.graph=auto", "train.global_batch=600"), 600, "method.graph: auto compares graphs by their"),
+        ("gossip", ("method.algorithm=decentlam", "method.schedule=every"), 4, "optimizer.kind: adamw, but method.alg"),
         ("gossip_machines", (), 4, "method.machines.machines: 3 addresses, but the cluster has 4 ranks"),
         ("partition", ("method.params=rack",), 4, "method.params: the machine has no level 'rack'"),
         ("onebyte_gpt", ("method.exchange={kind: flood, graph: hypercube}", "train.global_batch=6"), 6, "hypercube"),

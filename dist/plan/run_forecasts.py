@@ -25,7 +25,7 @@ from thinwire.dist.engine.fsdp2 import FSDP2Settings, paths_of_the_run
 from thinwire.dist.gossip_run import GossipRunSettings
 from thinwire.dist.models.moe import MoEGPT, MoESettings
 from thinwire.dist.onebyte_run import OneByteRunSettings
-from thinwire.dist.optimizers import plan_optimizer
+from thinwire.dist.optimizers import SGDSettings, plan_optimizer
 from thinwire.dist.plan.cluster import Cluster
 from thinwire.dist.plan.gradients import statistics_of
 from thinwire.dist.plan.states import replica_states
@@ -71,6 +71,12 @@ def forecast_gossip_run(subject: Subject, settings: GossipRunSettings, seat: Sea
         raise ValueError(
             f"method.machines.machines: {len(machines.machines)} addresses, but the cluster has {seat.size} ranks, "
             "each of which is a machine; name as many, or give method.machines=null"
+        )
+    algorithm, optimizer = settings.algorithm, subject.config.optimizer
+    if algorithm.needs_sgd and not isinstance(optimizer, SGDSettings):
+        raise ValueError(
+            f"optimizer.kind: {optimizer.kind}, but method.algorithm: {algorithm.kind} corrects the step of SGD; give "
+            "optimizer.kind=sgd, or method.algorithm=dpsgd"
         )
     forecast = forecast_gossip(
         settings,
