@@ -111,7 +111,6 @@ class LabRuns:
         path: the file that keeps them.
         limit_s: of one run; one that takes longer has failed.
         timed_steps: at each rate, unless they take more than ten seconds.
-        afresh: measure all seconds again, and leave the file as it is; only what was learned is taken from it.
         known_only: run nothing; what is missing is an error.
     """
 
@@ -121,17 +120,13 @@ class LabRuns:
         *,
         limit_s: float = 600.0,
         timed_steps: int = 6,
-        afresh: bool = False,
         known_only: bool = False,
     ) -> None:
         self._path = path
         self._limit_s = limit_s
         self._timed_steps = timed_steps
-        self._afresh = afresh
         self._known_only = known_only
         self._kept = self._read()
-        if afresh:
-            self._kept = [{**entry, "timings": {}, "error": ""} for entry in self._kept]
 
     def get(
         self, way: Way, machine: Machine, steps: int, rates: Sequence[float] = (), *, curve: bool = False
@@ -187,14 +182,11 @@ class LabRuns:
             "first_losses": outcome.first_losses,
             "error": outcome.error,
         }
-        if not self._afresh:
-            self._kept = self._read()  # another process may have added runs
+        self._kept = self._read()  # another process may have added runs
         self._kept = [other for other in self._kept if other["identity"] != identity] + [entry]
         self._write()
 
     def _write(self) -> None:
-        if self._afresh:
-            return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_suffix(".tmp")
         lines = ",\n".join(json.dumps(one) for one in self._kept)
@@ -267,6 +259,13 @@ class LabRuns:
             tuple(tail.values("loss")[:10]),
             error,
         )
+
+
+def keep_what_was_learned(source: Path, target: Path) -> None:
+    """A file of runs without their seconds, which belong to the machine that measured them, and without errors."""
+    runs = json.loads(source.read_text())["runs"] if source.exists() else []
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({"runs": [{**entry, "timings": {}, "error": ""} for entry in runs]}))
 
 
 class _Tail:

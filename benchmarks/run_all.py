@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab_runs import keep_what_was_learned
 from run_all_scripts import SCRIPTS, Script
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", default=HERE.parent / "build" / "bench")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(options.out / "kept", ignore_errors=True)
+    keep_what_was_learned(HERE / "results" / "time_to_loss_runs.json", options.out / "kept" / "runs.json")
     chosen = [script for script in SCRIPTS if not options.only or any(part in script.name for part in options.only)]
     results = []
     for script in chosen:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Script:
     """One benchmark.
 
-    arguments: of `make bench`. limit_s: seconds after which it is stopped there.
+    arguments: of `make bench`; OUT stands for the folder of the results. limit_s: seconds until it is stopped there.
     quick: of `make bench-quick`; None = not a part of it. plots: whether it takes --plot.
     """
 
@@ -21,23 +21,32 @@ class Script:
     plots: bool = False
 
 
+RUNS, PROBES = "OUT/kept/runs.json", "OUT/kept/probes"  # which several share
 ONE_THREAD = ("--threads", "1", "--repeats", "5")
 ONE_THREAD_QUICK = ("--threads", "1", "--repeats", "2")
 SCRIPTS = (
-    # The headline, and the system as a whole. The losses are those that the repository has.
+    # The headline, and the system as a whole. The losses are those that the repository has, the seconds are new.
     Script(
         "time_to_loss",
-        ("--afresh", "--rates", "1gbit", "100mbit", "30mbit", "--timed", "3"),
+        ("--keep", RUNS, "--rates", "1gbit", "100mbit", "30mbit", "--timed", "3"),
         800,
-        ("--afresh", "--rates", "100mbit", "--timed", "3", "--only", "low rank 16", "PowerSGD"),
-        90,
+        ("--keep", RUNS, "--rates", "100mbit", "--timed", "3", "--only", "low rank 16", "PowerSGD"),
+        110,
         plots=True,
     ),
     Script(
-        "scaling", ("--afresh", "--timed", "4", "--hosts", "1", "2", "4", "--only", "fp32", "low rank"), 240, plots=True
+        "plan_accuracy",
+        ("--keep", RUNS, "--probes", PROBES, "--rates", "100mbit", "--ranks-per-host", "1", "--only", "int8", "rank"),
+        120,
+        plots=True,
     ),
-    Script("plan_accuracy", ("--rates", "100mbit", "--ranks-per-host", "1", "--only", "int8", "rank"), 240, plots=True),
-    Script("plan_recommendation", (), 45),
+    Script("plan_recommendation", ("--keep", RUNS, "--probes", PROBES, "--rates", "100mbit"), 90),
+    Script(
+        "scaling",
+        ("--keep", "OUT/kept/scaling.json", "--timed", "4", "--hosts", "1", "2", "4", "--only", "low rank"),
+        300,
+        plots=True,
+    ),
     Script("two_shot", ("--repeats", "3"), 60),
     Script("queue_overhead", ("--repeats", "7"), 45),
     Script("lab_accuracy", ("--repeats", "2"), 45, ("--repeats", "1"), 45),

@@ -52,16 +52,15 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=6, help="steps to time; fewer where they are long")
     parser.add_argument("--only", nargs="*", help="ways whose label contains one of these")
     parser.add_argument("--keep", type=Path, metavar="FILE", default=Path("build/benchmarks/scaling_runs.json"))
-    parser.add_argument("--afresh", action="store_true", help="time all steps again, and leave that file as it is")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw efficiency against hosts there")
     options = parser.parse_args()
     rate_bps = parse_rate(options.rate)
     ways = [way for way in WAYS if not options.only or any(part in way.label for part in options.only)]
-    runs = LabRuns(options.keep, timed_steps=options.timed, afresh=options.afresh)
+    runs = LabRuns(options.keep, timed_steps=options.timed)
     rows: list[Row] = []
     for hosts in options.hosts:
         # One host sends nothing, whatever the way.
-        cluster = probe(options.keep.parent, hosts, rate_bps, afresh=options.afresh) if hosts > 1 else None
+        cluster = probe(options.keep.parent, hosts, rate_bps) if hosts > 1 else None
         for scaling, batch in (("weak", PER_HOST * hosts), ("strong", IN_ALL)):
             ideal = timed(runs, ALONE, hosts, batch, rate_bps)
             for way in ways:
@@ -122,10 +121,10 @@ def with_compute(cluster: Cluster, config: RunConfig, ideal_s: float) -> Cluster
     return cluster.model_copy(update={"measured": measured})
 
 
-def probe(folder: Path, hosts: int, rate_bps: float, *, afresh: bool) -> Cluster:
+def probe(folder: Path, hosts: int, rate_bps: float) -> Cluster:
     """What `thinwire probe` says of so many hosts, from the folder if it is there."""
     path = folder / f"scaling_probe_{hosts}_{format_rate(rate_bps)}.json"
-    if afresh or not path.exists():
+    if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"--- probe of {hosts} hosts at {format_rate(rate_bps)}", flush=True)
         settings = [f"train.global_batch={PER_HOST * hosts}", "world.threads=1", "--json", str(path)]

@@ -67,7 +67,6 @@ def main() -> None:
     parser.add_argument("--known", action="store_true", help="run nothing: show what the file of runs has")
     parser.add_argument("--retry", action="store_true", help="try again what failed")
     parser.add_argument("--keep", type=Path, metavar="FILE", default=KEPT, help="file of the runs that are there")
-    parser.add_argument("--afresh", action="store_true", help="time all steps again, and leave that file as it is")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw seconds to the target against the rate there")
     options = parser.parse_args()
     baseline = PEERS[0]
@@ -77,13 +76,13 @@ def main() -> None:
         if way is not baseline and (not options.only or any(part in way.label for part in options.only))
     ]
     rates = [] if options.learn else sorted((parse_rate(rate) for rate in options.rates), reverse=True)
-    runs = LabRuns(options.keep, timed_steps=options.timed, afresh=options.afresh, known_only=options.known)
+    runs = LabRuns(options.keep, timed_steps=options.timed, known_only=options.known)
     if options.retry:
         runs.forget_errors()
     failed: dict[str, str] = {}
     found: list[Result] = []
     dense = runs.get(baseline, MACHINE, options.steps, rates, curve=True)
-    if dense.curve is None:
+    if dense.error or dense.curve is None:
         raise SystemExit(f"{DDP}: {dense.error}")
     target = loss_at(dense.curve, TARGET_SHARE * options.steps)
     for way in wanted:
@@ -114,7 +113,8 @@ def examine(runs: LabRuns, way: Contender, steps: int, rates: Sequence[float], t
     curve, schedule = dense.curve, steps
     if way.trains_as:
         outcome = got(runs.get(way, MACHINE, steps, rates), way)
-        check_losses(way, outcome, dense)
+        if way.peer:  # which tell rank 0's own losses; a record of ours has the mean over the ranks
+            check_losses(way, outcome, dense)
     else:
         outcome = got(runs.get(way, MACHINE, steps, rates, curve=True), way)
         assert outcome.curve is not None
@@ -145,7 +145,7 @@ def got(outcome: Outcome, way: Contender) -> Outcome:
 
 
 def check_losses(way: Contender, outcome: Outcome, dense: Outcome) -> None:
-    """Raises SystemExit where a way in fp32 trains another model than DDP does: both tell rank 0's own losses."""
+    """Raises SystemExit where a peer in fp32 trains another model than DDP does."""
     for step, (mine, theirs) in enumerate(zip(outcome.first_losses, dense.first_losses, strict=False)):
         if not math.isclose(mine, theirs, rel_tol=SAME_LOSS):
             raise SystemExit(f"{way.label}: the loss of step {step + 1} is {mine}, that of {DDP} {theirs}")
