@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from worlds import small_settings
 
 from thinwire.comm.forecast import Exchange, Forecast
+from thinwire.comm.gossip.forecast import forecast_gossip
+from thinwire.comm.gossip.settings import GossipSettings
 from thinwire.dist.cluster_simulation.disturbances import Disturbances
 from thinwire.dist.cluster_simulation.neighbours import sources_of, with_neighbours
 from thinwire.dist.cluster_simulation.ranks import Ranks, distinct_ranks, every_rank
@@ -28,6 +30,7 @@ from thinwire.dist.plan.prediction import predict, subject_of
 from thinwire.dist.plan.program import Program, Send, Wait, Work, build_program
 from thinwire.dist.plan.timeline import step_time
 from thinwire.dist.plan.trace import StepTrace
+from thinwire.dist.simulate import Circumstances, SimulatedRun
 from thinwire.launch.cli import app
 
 TRACE = StepTrace(
@@ -195,6 +198,29 @@ def test_lateness_goes_from_neighbour_to_neighbour(tmp_path: Path) -> None:
     )
     assert list(steps.next().ended_s) == [11.0, 11.5, 1.5, 1.5, 1.5, 1.5, 1.5, 11.5]
     assert list(steps.next().ended_s) == [22.0, 22.5, 13.0, 3.0, 3.0, 3.0, 13.0, 22.5]
+
+
+def test_agrees_with_the_scripts_of_real_machines(tmp_path: Path) -> None:
+    """`thinwire simulate --hosts` lets the machines' own scripts send and wait; a slow one, one peer at a time."""
+    config = config_of(
+        tmp_path,
+        train={"steps": 6, "global_batch": 16, "eval_windows": 0},
+        method={"kind": "gossip", "graph": "one_peer_exponential", "probes": 0},
+    )
+    slow = {2: 3.0}
+    real = SimulatedRun(config, Circumstances(8, compute_s=0.1, rate_bps=2e6, delay_s=0.01, slow=slow, scored=1))
+    real.run()
+    level = {"name": "world", "size": 8, "link_bps": 2e6, "latency_s": 0.01}
+    cluster = Cluster.model_validate({"levels": [level], "device": {"memory_bytes": 1, "peak_flops": 1}})
+    assert isinstance(config.method, GossipSettings)
+    forecast = forecast_gossip(config.method, [real.numel], cluster.seat(), steps=6)
+    program = build_program(forecast, TRACE, ComputeTime(0.03, 0.07, 0.0), cluster, micro_batches=1)
+    sources = sources_of(config, 8, real.numel)
+    steps = Steps(with_neighbours(program), every_rank(cluster), Disturbances(slow=slow), sources=sources)
+    simulated = [steps.next().ended_s for _ in range(6)][-1]
+    ratios = np.array([machine.ended_s for machine in real.machines]) / simulated
+    assert np.median(ratios) == pytest.approx(1.0, abs=0.01)
+    assert ratios == pytest.approx(1.0, abs=0.1)  # messages that meet on one line wait for each other
 
 
 def test_survivors_wait_once(tmp_path: Path) -> None:
