@@ -109,7 +109,7 @@ class LabRuns:
 
     Args:
         path: the file that keeps them.
-        limit_s: of one run; one that takes longer has failed.
+        limit_s: of one run; one that takes longer has failed. Peers may have limits of their own, by name.
         timed_steps: at each rate, unless they take more than ten seconds.
         known_only: run nothing; what is missing is an error.
     """
@@ -119,11 +119,13 @@ class LabRuns:
         path: Path,
         *,
         limit_s: float = 600.0,
+        peer_limits_s: Mapping[str, float] | None = None,
         timed_steps: int = 6,
         known_only: bool = False,
     ) -> None:
         self._path = path
         self._limit_s = limit_s
+        self._peer_limits_s = peer_limits_s or {}
         self._timed_steps = timed_steps
         self._known_only = known_only
         self._kept = self._read()
@@ -226,6 +228,7 @@ class LabRuns:
         )
         tail = _Tail(records_path)
         load = os.getloadavg()[0]
+        limit_s = self._peer_limits_s.get(way.peer, self._limit_s)
         began = time.monotonic()
         error = ""
         code: int | None = None
@@ -244,8 +247,8 @@ class LabRuns:
                         lab.slow(host, rate_bps=phases.rate_bps or FAST_BPS)
                 if code is None and phases.rate_bps is None and not curve:
                     break
-                if code is None and time.monotonic() - began > self._limit_s:
-                    error = f"had not ended after {self._limit_s:.0f} s, and {len(tail.records)} steps"
+                if code is None and time.monotonic() - began > limit_s:
+                    error = f"had not ended after {limit_s:.0f} s, and {len(tail.records)} steps"
                     break
             if code is None:
                 run.signal_all(signal.SIGKILL)

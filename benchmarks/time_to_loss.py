@@ -27,7 +27,7 @@ import torch
 from lab_runs import NOT_RUN, Curve, LabRuns, Machine, Outcome
 from runner import Row, arguments, report
 from time_to_loss_plot import draw
-from time_to_loss_ways import DDP, OURS, PEERS, Contender
+from time_to_loss_ways import DDP, LIMITS_S, OURS, PEERS, Contender
 
 from thinwire.comm.units import format_rate, parse_rate
 
@@ -76,7 +76,7 @@ def main() -> None:
         if way is not baseline and (not options.only or any(part in way.label for part in options.only))
     ]
     rates = [] if options.learn else sorted((parse_rate(rate) for rate in options.rates), reverse=True)
-    runs = LabRuns(options.keep, timed_steps=options.timed, known_only=options.known)
+    runs = LabRuns(options.keep, timed_steps=options.timed, peer_limits_s=LIMITS_S, known_only=options.known)
     if options.retry:
         runs.forget_errors()
     failed: dict[str, str] = {}
@@ -122,8 +122,10 @@ def examine(runs: LabRuns, way: Contender, steps: int, rates: Sequence[float], t
         for times in PATIENCE[1:]:
             if math.isfinite(steps_to(curve, target)):
                 break
-            longer = got(runs.get(way, MACHINE, times * steps, curve=True), way)
-            assert longer.curve is not None
+            longer = runs.get(way, MACHINE, times * steps, curve=True)
+            if longer.curve is None:
+                print(f"{way.label}, {times * steps} steps: {longer.error}")
+                break
             curve, schedule = longer.curve, times * steps
     return Result(
         way,

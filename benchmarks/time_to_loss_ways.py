@@ -89,3 +89,6 @@ PEERS = (
     Contender("torchft DiLoCo, every 10", peer="torchft-diloco", environment="torchft", period=EVERY),
     Contender("hivemind Optimizer", peer="hivemind", environment="hivemind"),
 )
+
+LIMITS_S = {"hivemind": 1500.0}
+"""Of a run, for peers whose steps take seconds on any link."""
