@@ -119,9 +119,9 @@ class SimulatedRun:
     def __init__(self, config: RunConfig, circumstances: Circumstances) -> None:
         if not isinstance(config.method, GossipRunSettings):
             raise ValueError(
-                f"method.kind: {config.method.kind}, but only gossip can be simulated: the collectives of other "
-                "methods need all ranks at once, each in a process of its own; run it by thinwire lab --hosts N -- "
-                "thinwire train CONFIG"
+                f"method.kind: {config.method.kind}, but only gossip can be simulated as it learns: the collectives of "
+                "other methods need all ranks at once, each in a process of its own; run it by thinwire lab --hosts N "
+                "-- thinwire train CONFIG, or time it by thinwire simulate CONFIG --cluster FILE"
             )
         if config.balance is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`thinwire simulate`: many machines of a gossip run in this process, in virtual time."""
+"""`thinwire simulate --hosts`: many machines of a gossip run in this process, in virtual time."""
 
 from __future__ import annotations
 
