@@ -15,12 +15,13 @@ from thinwire.comm.gossip.algorithms.dadao import DADAOSettings
 from thinwire.comm.gossip.algorithms.decentlam import DecentLaMSettings
 from thinwire.comm.gossip.algorithms.gradient_tracking import GradientTrackingSettings
 from thinwire.comm.gossip.algorithms.modest import ModestSettings
-from thinwire.comm.gossip.algorithms.modest_machine import ModestMachine
+from thinwire.comm.gossip.algorithms.modest_traffic import ModestTraffic
 from thinwire.comm.gossip.algorithms.noloco import NoLoCoSettings
 from thinwire.comm.gossip.algorithms.own_pace import OwnPace
 from thinwire.comm.gossip.algorithms.sgp import SGPSettings
 from thinwire.comm.gossip.algorithms.slowmo import SlowMoSettings
 from thinwire.comm.gossip.build import Plan, make_plan
+from thinwire.comm.gossip.codec import Plain
 from thinwire.comm.gossip.graphs.auto import AutoSettings
 from thinwire.comm.gossip.graphs.links import Links
 from thinwire.comm.gossip.merge import average_bytes
@@ -31,6 +32,7 @@ from thinwire.comm.gossip.schedule import Rounds
 from thinwire.comm.gossip.settings import GossipSettings
 from thinwire.comm.gossip.simulation import Simulation
 from thinwire.comm.gossip.turn import Turn
+from thinwire.comm.units import format_bytes
 
 _MOST_ROWS = 1 << 16  # of mixings that are looked at: rounds times machines
 _UNKNOWN_ROUNDS = 256  # of a run whose length nobody has said
@@ -83,7 +85,7 @@ def forecast_gossip(
             *_merges(plan, seat, replica),
             *_probes(settings, seat),
         ]
-        remarks += _remarks(settings)
+        remarks += _remarks(settings, replica, seat)
     kept = kept_numel(settings, plan, replica, seat.rank)
     return Forecast(tuple(exchanges), {"gossip": 4 * kept} if kept else {}, tuple(remarks))
 
@@ -147,15 +149,13 @@ def _rounds(
     steps: int | None,
     exact: bool,
 ) -> Iterator[Exchange]:
-    if isinstance(algorithm, ModestMachine):
-        assert isinstance(settings.algorithm, ModestSettings)
-        expected = algorithm.expected_bytes()
-        levels = seat.by_level({peer: round(count) for peer, count in expected.items()})
-        messages = round(algorithm.expected_messages())
-        yield Exchange(
-            "gossip/sample", levels, messages, dict.fromkeys(levels, 4), "step", (),
-            1 / settings.algorithm.local_steps, exact=False,
-        )  # fmt: skip
+    if isinstance(settings.algorithm, ModestSettings):
+        traffic = _modest_traffic(settings.algorithm, replica, seat)
+        others = [rank for rank in range(seat.size) if rank != seat.rank]
+        levels = seat.by_level(dict.fromkeys(others, round(traffic.mean_bytes / len(others))))
+        shots = dict.fromkeys(levels, 4)  # a ping and its answer, a model, a mean
+        share = 1 / settings.algorithm.local_steps
+        yield Exchange("gossip/sample", levels, round(traffic.models), shots, "step", per_step=share, exact=False)
         return
     if isinstance(algorithm, OwnPace):
         yield from _at_own_pace(algorithm, turns, share, seat)
@@ -240,13 +240,17 @@ def _period(plan: Plan) -> Iterator[Mixing]:
     return (plan.graph.mixing(round) for round in range(plan.graph.period or 64))
 
 
-def _remarks(settings: GossipSettings) -> list[str]:
-    remarks = []
+def _modest_traffic(settings: ModestSettings, replica: ShapeReplica, seat: Seat) -> ModestTraffic:
+    return ModestTraffic(settings, seat.size, Plain().expected_bytes(replica.numel, replica.dtype.itemsize))
+
+
+def _remarks(settings: GossipSettings, replica: ShapeReplica, seat: Seat) -> list[str]:
     if isinstance(settings.algorithm, ModestSettings):
-        remarks.append(
-            "modest: bytes are the mean over all machines; those that train and average in a round send, and wait for, "
-            "more"
-        )
-    elif not settings.algorithm.in_rounds:
-        remarks.append("machines keep their own pace: chance decides who exchanges, and what is foretold is the mean")
-    return remarks
+        busiest = format_bytes(_modest_traffic(settings.algorithm, replica, seat).busiest_bytes)
+        return [
+            "modest: bytes and seconds are the mean over all machines, most of which rest in a round; one that trains "
+            f"and then averages sends {busiest} in it, which the next round waits for: rounds take longer than shown"
+        ]
+    if not settings.algorithm.in_rounds:
+        return ["machines keep their own pace: chance decides who exchanges, and what is foretold is the mean"]
+    return []

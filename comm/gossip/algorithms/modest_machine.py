@@ -117,22 +117,6 @@ class ModestMachine:
         """None that is known in advance: who answers decides."""
         return {}
 
-    def expected_bytes(self) -> dict[int, float]:
-        """Payload bytes of one machine in one round on average, by machine, once rounds follow one another.
-
-        Each of s that have trained gives its model to a that average; each of these, which are among the next s, gives
-        the mean to the others of them, with what it knows of the members.
-        """
-        model, to_average, to_train = self._expected_exchanges()
-        others = [rank for rank in range(self._port.size) if rank != self._rank]
-        whole = to_average * model + to_train * (model + view_bytes(self._port.size))
-        return dict.fromkeys(others, whole / self._port.size / max(1, len(others)))
-
-    def expected_messages(self) -> float:
-        """As expected_bytes(): how many models, pings and their answers not counted."""
-        _, to_average, to_train = self._expected_exchanges()
-        return (to_average + to_train) / self._port.size
-
     def metrics(self) -> dict[str, float]:
         """`mass`; `round`, the newest known; `members`; rounds `trained`, `averaged`, `resent` and `rescued` here."""
         members = len(self._view.members(self._known, self._inactive_rounds))
@@ -370,13 +354,6 @@ class ModestMachine:
             self._used.add(round)
         else:
             self._send(rank, USED, round)
-
-    def _expected_exchanges(self) -> tuple[int, float, float]:
-        """Bytes of a model; models that go to those who average, and to those who train, in a round."""
-        model = self._codec.payload_bytes(self._replica.numel, self._replica.dtype.itemsize)
-        assert model is not None
-        sample, aggregators, size = self._settings.sample, self._settings.aggregators, self._port.size
-        return model, sample * aggregators * (1 - 1 / size), float(aggregators * (sample - 1))
 
     def _send(
         self, to: int, stream: int, round: int, flags: int = 0, payload: Tensor | None = None, *, mass: float = 0.0
