@@ -106,7 +106,7 @@ def whole_steps(axes: Any) -> None:
     """The x axis counts steps."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
 
 
 def byte_unit(largest: float) -> tuple[float, str]:

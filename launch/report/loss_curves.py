@@ -88,8 +88,9 @@ def _draw(
     thin_x = [x[min(len(x) - 1, i + width // 2)] for i in range(0, len(x), width)]
     thin_y = [sum(losses[i : i + width]) / len(losses[i : i + width]) for i in range(0, len(losses), width)]
     alone = not evaluated
+    dot = "o" if len(thin_x) == 1 else ""
     axes.plot(
-        thin_x, thin_y, style, color=colour, linewidth=1.6 if alone else 0.9, alpha=1.0 if alone else 0.45,
+        thin_x, thin_y, style, marker=dot, color=colour, linewidth=1.6 if alone else 0.9, alpha=1.0 if alone else 0.45,
         label=label if alone else None,
     )  # fmt: skip
     if evaluated:

@@ -17,7 +17,7 @@ def print_table(outcomes: Sequence[RunOutcome], *, title: str) -> None:
     wide = sys.stdout.isatty()
     console = Console() if wide else Console(width=40 + 18 * len(outcomes), color_system=None)
     table = Table(title=escape(title), title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for outcome in outcomes:
         table.add_column(escape(outcome.label), justify="right", overflow="fold")
     for name, cell in rows_of(outcomes):

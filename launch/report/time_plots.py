@@ -101,7 +101,8 @@ def ranks_figure(runs: Sequence[Run]) -> bytes | None:
     with new_figure(len(known), 1, height=1.0 + sum(heights), height_ratios=heights) as (figure, grid):
         labelled = None
         for (run, ranks, machines), (axes,) in zip(known, grid, strict=True):
-            axes.set_title(run.label, loc="left", fontsize=9.5)
+            some = f": the 24 that the others waited for most, of {len(ranks)}" if len(ranks) > 24 else ""
+            axes.set_title(run.label + some, loc="left", fontsize=9.5)
             if ranks:
                 _draw_ranks(axes, ranks)
                 labelled = labelled or axes
