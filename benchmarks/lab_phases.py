@@ -15,8 +15,8 @@ class Phases:
         rates: bits per second.
         warm_up_steps: of the run, which do not count.
         period: steps from one synchronisation to the next; only whole periods count.
-        settle_steps: that a step may have begun before a change of the links that was made when the step before it, or
-            one still earlier, was seen to have ended.
+        settle_steps: that may have begun before a change of the links, which is made as soon as a step was seen to have
+            ended. The last of them did so for some hundredths of a second at most, so it counts where it is a long one.
         timed_steps: that are enough at a rate. enough_s: so are fewer, once whole periods have taken so long.
     """
 
@@ -29,13 +29,16 @@ class Phases:
         settle_steps: int = 1,
         timed_steps: int = 6,
         enough_s: float = 10.0,
+        long_s: float = 2.0,
     ) -> None:
         self._rates = sorted(set(rates), reverse=True)
         self._period = period
         self._settle_steps = settle_steps
         self._wanted = -(-timed_steps // period) * period
         self._enough_s = enough_s
+        self._long_s = long_s
         self._first = warm_up_steps
+        self._in_doubt = False  # whether the first step is the last that may have begun before the change
         self.timed: dict[float, tuple[int, int]] = {}
 
     @property
@@ -47,12 +50,16 @@ class Phases:
         """Take in the seconds of all steps that have ended; returns whether the links must now change."""
         if self.rate_bps is None:
             return False
+        if self._in_doubt and len(step_s) > self._first:
+            self._first += step_s[self._first] < self._long_s
+            self._in_doubt = False
         clean = step_s[self._first :]
         whole = len(clean) // self._period * self._period
         if not whole or (whole < self._wanted and sum(clean[:whole]) < self._enough_s):
             return False
         self.timed[self.rate_bps] = (self._first, self._first + whole)
-        self._first = len(step_s) + self._settle_steps
+        self._in_doubt = self._period == 1 and self._settle_steps > 0
+        self._first = len(step_s) + self._settle_steps - self._in_doubt
         return True
 
 

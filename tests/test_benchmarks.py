@@ -94,6 +94,19 @@ def test_steps_belong_to_the_rate_that_the_links_had_all_the_while(benchmarks: N
     assert not phases.see([*steps, 4.5, 1.0])
 
 
+def test_a_long_step_counts_though_it_began_just_before_the_change(benchmarks: None) -> None:
+    phases = module("lab_phases").Phases([1e7, 1e8, 1e9], warm_up_steps=1, settle_steps=2, timed_steps=2)
+    steps = [9.0, 0.5, 0.5]
+    assert phases.see(steps)
+    steps += [1.0, 1.5, 0.7]  # the first two may have begun at the old rate, and are short
+    assert not phases.see(steps[:-1])
+    assert not phases.see(steps)
+    assert phases.see([*steps, 0.7])
+    steps += [0.7, 8.0, 15.0]  # the first of these is mixed; the second is long
+    assert phases.see(steps)
+    assert phases.timed == {1e9: (1, 3), 1e8: (5, 7), 1e7: (8, 9)}
+
+
 def test_a_step_takes_the_median_of_whole_periods(benchmarks: None) -> None:
     steady_step_s = module("lab_phases").steady_step_s
     assert steady_step_s((1.0, 9.0, 2.0), 1) == 2.0
