@@ -1,4 +1,4 @@
-"""Claim: more hosts on thin links train faster with thinwire where DDP stands still, and the plan says so in advance.
+"""Question: what share of its speed does a host keep as more join over thin links, and does a plan foretell it?
 
     python benchmarks/scaling.py [--hosts 1 2 4 8] [--rate 100mbit] [--json FILE] [--plot FILE]
 
@@ -49,7 +49,7 @@ def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
     parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rate", default="100mbit", help="link of each host")
-    parser.add_argument("--timed", type=int, default=6, help="steps to time; fewer where they are long")
+    parser.add_argument("--timed", type=int, default=4, help="steps to time; fewer where they are long")
     parser.add_argument("--only", nargs="*", help="ways whose label contains one of these")
     parser.add_argument("--keep", type=Path, metavar="FILE", default=Path("build/benchmarks/scaling_runs.json"))
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw efficiency against hosts there")
