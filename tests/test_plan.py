@@ -168,6 +168,16 @@ def test_what_does_not_fit_into_memory_is_not_recommended(monkeypatch: pytest.Mo
     assert "nothing fits" in found.reason
 
 
+def test_one_rank_has_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_module, "subject_of", forged)
+    found = compare(load_config(SMALL, ["method.dtype=bf16"]), load_cluster(BOXES).at(1))
+    assert found.best is not None
+    assert found.best.candidate.is_own
+    assert "nobody to send to" in found.reason
+    assert not found.changes
+    assert all(option.prediction.time.exposed_s == 0 for option in found.options)
+
+
 def test_what_a_run_cannot_be_is_left_out_with_the_reason() -> None:
     config = load_config(ROOT / "configs" / "moe_expert_parallel.yaml")
     found = candidates_for(config, load_cluster(BOXES))
@@ -251,7 +261,7 @@ BAD_CLUSTERS = {
     "levels[0].latency_s": {"levels": [{"latency_s": "fast"}]},
     "levels[0].ranks_per_link: 2": {"levels": [{"ranks_per_link": 2}]},
     "levels[1].name": {"levels": [{}, {"name": "node", "size": 8}]},
-    "levels:": {"levels": []},
+    "levels: is empty": {"levels": []},
     "devise: unknown key; did you mean device": {"devise": {}},
     "device.memory_bytes: missing": {"device": {"peak_flops": 1}},
     "device.utilisation": {"device": {"memory_bytes": 1, "peak_flops": 1, "utilisation": 1.5}},

@@ -19,7 +19,12 @@ from thinwire.dist.probe.records import CollectiveTime, PairTimes
 
 
 def _rate(value: Any) -> Any:
-    return parse_rate(value, "link_bps") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)  # YAML 1.1 takes 1e9 for a word
+    except ValueError:
+        return parse_rate(value, "link_bps")
 
 
 def _seconds(value: Any) -> Any:
@@ -159,7 +164,7 @@ class Cluster(Settings):
     """
 
     name: str = ""
-    levels: tuple[LinkLevel, ...] = Field(min_length=1)
+    levels: tuple[LinkLevel, ...]
     device: Device
     price_per_device_hour: float = Field(0.0, ge=0)
     failures_per_device_hour: float = Field(0.0, ge=0)
@@ -168,6 +173,8 @@ class Cluster(Settings):
 
     @model_validator(mode="after")
     def _levels_nest(self) -> Cluster:
+        if not self.levels:
+            raise ValueError("levels: is empty; give one at least, such as {name: world, size: 4, link_bps: 1gbit}")
         names = [level.name for level in self.levels]
         for i, level in enumerate(self.levels):
             before = self.levels[i - 1].size if i else 1

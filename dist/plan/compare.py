@@ -103,6 +103,8 @@ def compare(config: RunConfig, cluster: Cluster, kinds: Sequence[str] = ()) -> C
         options.append(Option(candidate, prediction, factor))
     able = [option for option in options if option.prediction.fits and option.factor.steps is not None]
     best = min(able, key=lambda option: option.seconds(1), default=None)
+    if cluster.size == 1 and options and options[0].prediction.fits:
+        best = options[0]
     times = {option.label: _by_rate(option, cluster) for option in options}
     return Comparison(
         cluster,
@@ -179,6 +181,8 @@ def _reason(options: Sequence[Option], best: Option | None) -> str:
         if not any(option.prediction.fits for option in options):
             return "nothing fits into the memory of a device: take a smaller train.micro_batch, or more ranks"
         return "no method that fits has been measured to reach all-reduce's loss; name some with --methods"
+    if best.prediction.cluster.size == 1:
+        return "one rank has nobody to send to: all methods compute the same"
     dense = _dense(options)
     took = best.prediction.time
     if dense is None or dense is best:
