@@ -76,7 +76,6 @@ def describe_cluster(cluster: Cluster) -> str:
         + f" and {1e3 * level.latency_s:.3g} ms"
         for level in cluster.levels
     )
-    ranks = "rank" if cluster.size == 1 else "ranks"
     source = "as a probe measured it" if cluster.measured else "as described"
     return f"{cluster.name}, {source}: {cluster.size} rank{'s' * (cluster.size > 1)}, {levels}"
 
