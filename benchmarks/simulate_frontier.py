@@ -201,9 +201,9 @@ class Case:
     def fits(self, step: Step) -> bool:
         return step.memory_bytes <= self.frontier.cluster.device.memory_bytes
 
-    def scaling(self, way: Mapping[str, Any], jitter: float = 0.0) -> list[tuple[int, Step]]:
+    def scaling(self, way: Mapping[str, Any]) -> list[tuple[int, Step]]:
         """Every number of GCDs whose memory is enough."""
-        steps = [(ranks, self.step(way, ranks, jitter)) for ranks in GCDS]
+        steps = [(ranks, self.step(way, ranks)) for ranks in GCDS]
         return [(ranks, step) for ranks, step in steps if self.fits(step)]
 
     def rows(self, *, triples: bool) -> Iterator[Row]:
@@ -212,7 +212,8 @@ class Case:
             ways |= {f"{place}: {label_of(way)}": way for place, way in enumerate(self.best(), 1)}
         zero3 = self.step(WAYS["ZeRO-3"])
         for label, way in ways.items():
-            (fewest, first), *_, (_, last) = self.scaling(way, JITTER)
+            (fewest, _), *_, (most, _) = self.scaling(way)
+            first, last = (self.step(way, ranks, JITTER) for ranks in (fewest, most))
             yield {
                 "model": self.model.name,
                 "micro-batches": self.micro_batches,
