@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from thinwire.launch.cli_link import link_app
+from thinwire.launch.cli_onebyte import onebyte_app
+
 app = typer.Typer(
     name="thinwire",
     help="Train neural networks over thin wires.",
@@ -17,9 +20,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configuration files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
-link_app = typer.Typer(help="Cut, slow and restore the links of a running lab.", no_args_is_help=True)
 app.add_typer(link_app, name="link")
-onebyte_app = typer.Typer(help="Logs of one-byte runs: replay, verify, inspect.", no_args_is_help=True)
 app.add_typer(onebyte_app, name="onebyte")
 
 Config = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
@@ -338,83 +339,6 @@ def demo(
         typer.echo(f"thinwire demo: {error}", err=True)
         raise typer.Exit(2) from None
     raise typer.Exit(run(hosts=hosts, rate_bps=rate_bps, steps=steps, folder=folder))
-
-
-LinkHost = Annotated[str, typer.Argument(help="Whose link: host2.")]
-LabId = Annotated[str | None, typer.Option("--lab", help="Id of the lab, if several run.", show_default="the only one")]
-
-
-@link_app.command("cut")
-def link_cut(host: LinkHost, lab_id: LabId = None) -> None:
-    """Black-hole a link: frames vanish, in both directions."""
-    from thinwire.launch.lab.command import link
-
-    raise typer.Exit(link("cut", host, rate=None, delay=None, lab_id=lab_id))
-
-
-@link_app.command("restore")
-def link_restore(host: LinkHost, lab_id: LabId = None) -> None:
-    """Undo a cut."""
-    from thinwire.launch.lab.command import link
-
-    raise typer.Exit(link("restore", host, rate=None, delay=None, lab_id=lab_id))
-
-
-@link_app.command("slow")
-def link_slow(
-    host: LinkHost,
-    rate: Annotated[str | None, typer.Option(help="New rate: 10mbit, or unlimited.", show_default="unchanged")] = None,
-    delay: Annotated[str | None, typer.Option(help="New one-way delay: 50ms.", show_default="unchanged")] = None,
-    lab_id: LabId = None,
-) -> None:
-    """Give a link another rate or delay."""
-    from thinwire.launch.lab.command import link
-
-    raise typer.Exit(link("slow", host, rate=rate, delay=delay, lab_id=lab_id))
-
-
-LogFile = Annotated[Path, typer.Argument(metavar="LOG", help="Log of a one-byte run.", show_default=False)]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
-_BASE_HELP = "What the run began at: a .safetensors file, a Hugging Face folder, a checkpoint or a run folder."
-
-
-@onebyte_app.command("replay")
-def onebyte_replay(
-    log: LogFile,
-    base: Annotated[Path, typer.Option(metavar="MODEL", help=_BASE_HELP)],
-    out: Annotated[Path, typer.Option(metavar="FILE.safetensors", help="Where the weights go.")],
-    until: Annotated[int | None, typer.Option(help="Rounds to carry out.", show_default="all")] = None,
-    step_by_step: Annotated[
-        bool, typer.Option("--step-by-step", help="One pass over the weights for each round: same bits, slower.")
-    ] = False,
-    device: Device = "cpu",
-) -> None:
-    """Make the weights of a run again from its base and its log."""
-    from thinwire.launch.onebyte import replay as run
-
-    raise typer.Exit(run(log, base, out, until=until, step_by_step=step_by_step, device=device))
-
-
-@onebyte_app.command("verify")
-def onebyte_verify(
-    log: LogFile,
-    base: Annotated[Path | None, typer.Option(metavar="MODEL", help=_BASE_HELP, show_default=False)] = None,
-    device: Device = "cpu",
-) -> None:
-    """Check every byte of a log and, with the base, the weights at every snapshot."""
-    from thinwire.launch.onebyte import verify as run
-
-    raise typer.Exit(run(log, base, device=device))
-
-
-@onebyte_app.command("inspect")
-def onebyte_inspect(
-    log: LogFile, as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False
-) -> None:
-    """Say what a log holds: who took part when, what was sent, how large it is."""
-    from thinwire.launch.onebyte import inspect as run
-
-    raise typer.Exit(run(log, as_json))
 
 
 def main() -> None:
