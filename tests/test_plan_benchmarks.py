@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from thinwire.dist.config import load_config
+from thinwire.dist.plan.candidates import candidates_for
+from thinwire.dist.plan.cluster import load_cluster
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -36,24 +40,43 @@ def test_the_summary_names_the_furthest(benchmarks: None) -> None:
     assert "furthest: b, 10mbit, 1 a host: 0.800" in said
 
 
-def test_the_recommendation_is_the_foretold_best_and_its_regret_the_measured_one(
+def test_the_recommendation_is_the_plans_and_its_regret_the_measured_one(
     benchmarks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import plan_recommendation
-    from plan_accuracy import Foretold
     from time_to_loss import Result
-    from time_to_loss_ways import Contender
+    from time_to_loss_ways import OURS
 
-    def result(label: str, steps: float, step_s: float, dense_steps: int = 0) -> Any:
-        return Result(Contender(label, dense_steps=dense_steps), steps, 120, 2.0, {1e8: step_s}, 0.0)
+    by_label = {way.label: way for way in plan_recommendation.WAYS}
 
-    # fp32: 90 steps of 2 s; fast: 100 of 1 s, foretold as 1.2 s; dense: 99 of 1.1 s and one of fp32's.
-    found = [result("fp32", 90, 2.0), result("fast", 100, 1.0), result("dense", 100, 1.1, 1)]
-    foretold = {"fp32": 2.0, "fast": 1.2, "dense": 1.0}
-    monkeypatch.setattr(plan_recommendation, "foretell", lambda way, cluster: Foretold(foretold[way.label], 0.5))
+    def result(label: str, steps: float, step_s: float) -> Any:
+        return Result(by_label[label], steps, 120, 2.0, {1e8: step_s}, 0.0)
+
+    found = [
+        result("thinwire all-reduce, fp32", 90, 2.0),
+        result("thinwire low rank 16", 100, 1.0),
+        result("thinwire int4", 100, 1.1),
+    ]
+    chosen = load_config(plan_recommendation.CONFIGS / "demo.yaml", by_label["thinwire int4"].overrides)
+    best = SimpleNamespace(candidate=SimpleNamespace(config=chosen), seconds=lambda steps: 1.2 * steps)
+    monkeypatch.setattr(plan_recommendation, "compare", lambda config, cluster: SimpleNamespace(best=best))
     row = plan_recommendation.row_of(found, 1e8, None)
-    assert (row["recommended"], row["best"]) == ("dense", "fast")
-    assert row["foretold s"] == pytest.approx(99 * 1.0 + 2.0)
-    assert row["measured s"] == pytest.approx(99 * 1.1 + 2.0)
-    assert row["regret"] == pytest.approx((99 * 1.1 + 2.0) / 100 - 1)
-    assert math.isclose(row["its s"], 100.0)
+    assert (row["recommended"], row["best"]) == ("thinwire int4", "thinwire low rank 16")
+    assert row["foretold s"] == pytest.approx(1.2 * 90)
+    assert row["regret"] == pytest.approx(110 / 100 - 1)
+    assert by_label.keys() >= {way.label for way in OURS}
+
+
+def test_what_a_plan_offers_is_what_is_measured(benchmarks: None) -> None:
+    import plan_recommendation
+
+    config = load_config(plan_recommendation.CONFIGS / "demo.yaml", plan_recommendation.SETTINGS)
+    cluster = load_cluster(plan_recommendation.CONFIGS / "clusters" / "four_boxes_1gbit.yaml")
+    found = {
+        candidate.label: plan_recommendation.way_of(candidate.config, list(plan_recommendation.WAYS))
+        for candidate in candidates_for(config, cluster)
+        if candidate.label != "ZeRO-3"
+    }
+    assert sorted(found.values()) == sorted(way.label for way in plan_recommendation.WAYS)
+    with pytest.raises(SystemExit, match="has not been measured"):
+        plan_recommendation.way_of(config, list(plan_recommendation.WAYS[1:]))
