@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -22,18 +22,23 @@ _runs = itertools.count()
 
 @dataclass
 class Rank:
-    """One thread's place: its rank, and a store and a gloo group that it shares with the other threads."""
+    """One thread's place: its rank, and a store and a gloo group that it shares with the other threads.
+
+    monitors: of its queues; run_ranks() closes them, since each has a thread that would outlive the test.
+    """
 
     rank: int
     size: int
     store: Store
     group: ProcessGroup
+    monitors: list[PeerMonitor] = field(default_factory=list)
 
     def queue(self, timeout_s: float = 30.0, name: str = "queue", levels: list[str] | None = None) -> CommQueue:
         """A CommQueue over the threads; all peers are on level "world" unless levels says otherwise."""
         store = PrefixStore(f"queue/{name}", self.store)
         meter = TrafficMeter(levels or ["self" if r == self.rank else "world" for r in range(self.size)])
         monitor = PeerMonitor.meet(store, self.rank, self.size, "127.0.0.1", timeout_s=30.0)
+        self.monitors.append(monitor)
         group = self.new_group(name, 2 * timeout_s)
         return CommQueue(group, meter=meter, monitor=monitor, timeout_s=timeout_s, name=name)
 
@@ -72,12 +77,13 @@ def run_ranks_to_the_end(size: int, work: Callable[[Rank], T], *, timeout_s: flo
     shared = HashStore()
     run = next(_runs)
     outcomes: list[T | BaseException] = [TimeoutError(f"rank {r} did not finish") for r in range(size)]
+    monitors: list[PeerMonitor] = []
 
     def body(rank: int) -> None:
         try:
             store = PrefixStore(f"run{run}", shared)
             group = gloo_group(PrefixStore("group", store), rank, size, f"run{run}")
-            outcomes[rank] = work(Rank(rank, size, store, group))
+            outcomes[rank] = work(Rank(rank, size, store, group, monitors))
         except BaseException as error:
             outcomes[rank] = error
 
@@ -86,4 +92,6 @@ def run_ranks_to_the_end(size: int, work: Callable[[Rank], T], *, timeout_s: flo
         thread.start()
     for thread in threads:
         thread.join(timeout_s)
+    for monitor in monitors:  # not before the last rank has ended: they answer for theirs
+        monitor.close()
     return outcomes

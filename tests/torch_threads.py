@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -33,17 +33,19 @@ _one_at_a_time = threading.Lock()
 
 @dataclass
 class TorchRank:
-    """One thread's place. levels: those of the machine that the ranks play."""
+    """One thread's place. levels: those of the machine that the ranks play. monitors: see tests/ranks.py."""
 
     rank: int
     size: int
     store: Store
     levels: Levels
+    monitors: list[PeerMonitor] = field(default_factory=list)
 
     def queue(self, timeout_s: float = 30.0, name: str = "queue") -> CommQueue:
         """A CommQueue over all ranks, whose meter knows the levels."""
         store = PrefixStore(f"queue/{name}", self.store)
         monitor = PeerMonitor.meet(store, self.rank, self.size, "127.0.0.1", timeout_s=30.0)
+        self.monitors.append(monitor)
         group = dist.new_group(timeout=timedelta(seconds=2 * timeout_s))
         assert isinstance(group, ProcessGroup)
         meter = TrafficMeter([self._level_of(peer) for peer in range(self.size)])
@@ -68,13 +70,14 @@ def run_torch_ranks(
     names = names or ("pair", "node", "world")[-len(sizes) :]
     store, run = HashStore(), next(_runs)
     outcomes: list[T | BaseException] = [TimeoutError(f"a rank ran longer than {timeout_s} s")] * size
+    monitors: list[PeerMonitor] = []
 
     def body(rank: int) -> None:
         try:
             own = PrefixStore(f"run{run}", store)
             dist.init_process_group("gloo", store=own, rank=rank, world_size=size)
             levels = build_levels(names, sizes, range(size), rank=rank)
-            outcomes[rank] = work(TorchRank(rank, size, own, levels))
+            outcomes[rank] = work(TorchRank(rank, size, own, levels, monitors))
             dist.barrier()
         except BaseException as error:
             outcomes[rank] = error
@@ -89,6 +92,8 @@ def run_torch_ranks(
             thread.start()
         for thread in threads:
             thread.join(timeout_s)
+        for monitor in monitors:
+            monitor.close()
     for outcome in outcomes:
         if isinstance(outcome, BaseException):
             raise outcome
