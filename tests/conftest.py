@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 torch.set_num_threads(1)  # ranks are threads here: more would only wait for each other on two cores
 
@@ -101,6 +102,8 @@ def leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(threads)
+    # Ranks that are threads set and reset this in any order: what stays makes Dynamo compile for a DDP that is gone.
+    DistributedDataParallel._active_ddp_module = None
     assert not changed, f"the test changed the environment: {sorted(changed)}"
     assert not torch.distributed.is_initialized(), "the test left a default process group behind"
     assert Path.cwd() == folder, "the test changed the working folder"

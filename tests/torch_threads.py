@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import _set_thread_isolation_mode
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
 from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
 
+from thinwire.comm.errors import CommError
 from thinwire.comm.liveness import PeerMonitor
 from thinwire.comm.meter import TrafficMeter
 from thinwire.comm.partition.levels import Levels, build_levels
@@ -94,9 +95,9 @@ def run_torch_ranks(
             thread.join(timeout_s)
         for monitor in monitors:
             monitor.close()
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if errors:  # what a rank met by itself says more than that others then missed it
+        raise next((error for error in errors if not isinstance(error, CommError)), errors[0])
     return outcomes  # type: ignore[return-value]
 
 
