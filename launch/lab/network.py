@@ -70,14 +70,20 @@ def queue_bytes(rate_bps: float) -> int:
 
 
 def set_rate(tools: Tools, namespace: Namespace, interface: str, old_bps: float | None, new_bps: float | None) -> None:
-    """Limit what `interface` of `namespace` sends; None stands for no limit. Raises LabError."""
-    if new_bps is None:
-        line = f"qdisc del dev {interface} root"
-    else:
-        verb = "add" if old_bps is None else "change"
+    """Limit what `interface` of `namespace` sends; None stands for no limit. Raises LabError.
+
+    Frames that wait for a link which becomes slower are lost, as when a port falls back to a lower rate: TCP hands many
+    frames down as one packet, and one that is larger than the new bucket would never leave it, nor let others pass.
+    """
+    lines = []
+    falls = old_bps is not None and (new_bps is None or burst_bytes(new_bps) < burst_bytes(old_bps))
+    if falls:
+        lines.append(f"qdisc del dev {interface} root")
+    if new_bps is not None:
+        verb = "add" if old_bps is None or falls else "change"
         burst, limit = burst_bytes(new_bps), queue_bytes(new_bps)
-        line = f"qdisc {verb} dev {interface} root tbf rate {new_bps:.0f}bit burst {burst} limit {limit}"
-    tools.batch("tc", namespace, [line])
+        lines.append(f"qdisc {verb} dev {interface} root tbf rate {new_bps:.0f}bit burst {burst} limit {limit}")
+    tools.batch("tc", namespace, lines)
 
 
 def set_port_open(tools: Tools, switch: Namespace, host: int, *, is_open: bool) -> None:
