@@ -15,7 +15,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check --constraint constraints.txt
 demo: .venv/installed
 	$(BIN)/thinwire demo
 
-test: check .venv-mpich/installed
+test: .venv/installed
+	$(MAKE) --no-print-directory --jobs 2 check .venv-mpich/installed # one computes, the other downloads
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 bench: .venv/installed

@@ -1,4 +1,9 @@
-"""What each rank of test_launchers.py runs: join, tell the others who it is, write what it heard."""
+"""What each rank of test_launchers.py runs: join, tell the others who it is, write what it heard.
+
+    python report_place.py FOLDER [RANK]
+
+RANK then leaves with an error, while the others wait for it.
+"""
 
 from __future__ import annotations
 
@@ -22,3 +27,9 @@ with thinwire.init() as world:
         "heard": heard.tolist(),
     }
     (Path(sys.argv[1]) / f"{world.rank}.json").write_text(json.dumps(report))
+    if len(sys.argv) > 2:
+        # A launcher may kill the others at once: not before all have written.
+        world.queue.submit("written", lambda channel: channel.all_gather_same(own)).wait()
+        if world.rank == int(sys.argv[2]):
+            raise OSError("the disk is full")
+        world.queue.submit("wait", lambda channel: channel.all_gather_same(own)).wait()
