@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from thinwire.comm.meter import TrafficMeter
+from thinwire.comm.pace import Pace
 
-_ROUNDS_UNDER_WAY = 2
 _TAG = 0  # of point-to-point messages: a pair's messages keep their order, so one is enough
 
 
@@ -29,6 +29,7 @@ class Channel:
         meter: TrafficMeter,
         operation: str,
         wait: Callable[[Work, bool], None],
+        pace: Pace,
         members: Sequence[int] | None = None,
     ) -> None:
         self._members = range(group.size()) if members is None else members  # ranks of the group
@@ -39,6 +40,7 @@ class Channel:
         self._meter = meter
         self._operation = operation
         self._wait = wait
+        self._pace = pace
 
     def among(self, ranks: Sequence[int]) -> Channel:
         """A channel over some ranks of this one, which number themselves in this order.
@@ -63,6 +65,7 @@ class Channel:
             self._meter,
             self._operation,
             self._wait,
+            self._pace,
             [self._members[r] for r in ranks],
         )
 
@@ -80,13 +83,14 @@ class Channel:
         Args:
             output, input: contiguous tensors of one dtype on the group's device; not aliases of each other.
             output_splits, input_splits: elements along the first dimension, by rank; slices may be empty.
-            in_rounds: exchange with one peer at a time instead of with all at once; the same on every rank. All at once
-                takes one latency, so it suits small slices. Large ones fill the link only in rounds: many TCP streams
-                share it unevenly and leave it idle while the last one ends. NCCL orders its sends itself.
+            in_rounds: exchange with one peer after another instead of with all at once; the same on every rank. All at
+                once takes one latency, so it suits small slices. Large ones fill the link only in rounds: many TCP
+                streams share it unevenly and leave it idle while the last one ends. How many rounds overlap is learnt,
+                see Pace. NCCL orders its sends itself.
         """
         began = time.monotonic()
         if in_rounds and not input.is_cuda:
-            self._exchange_in_rounds(output.split(list(output_splits)), input.split(list(input_splits)))
+            self._exchange_at_pace(output.split(list(output_splits)), input.split(list(input_splits)))
         else:
             self._exchange(output, input, output_splits, input_splits)
         self._record(output, output_splits, input, input_splits, began)
@@ -105,7 +109,7 @@ class Channel:
         began = time.monotonic()
         same = [splits[self.rank]] * self.size
         if in_rounds and not local.is_cuda:
-            self._exchange_in_rounds(output.split(list(splits)), [local] * self.size)
+            self._exchange_at_pace(output.split(list(splits)), [local] * self.size)
         else:
             self._exchange(output, local.repeat(self.size, *([1] * (local.dim() - 1))), splits, same)
         self._record(output, splits, local, same, began)
@@ -164,13 +168,18 @@ class Channel:
             spread[member] = split
         return spread
 
-    def _exchange_in_rounds(
-        self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], under_way_at_most: int = _ROUNDS_UNDER_WAY
-    ) -> None:
-        """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link.
+    def _exchange_at_pace(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        if self.size == 1:
+            self._exchange_in_rounds(outputs, inputs, 1)
+            return
+        slice_bytes = max(tensor.nbytes for tensor in (*outputs, *inputs))
+        under_way = self._pace.choose(self.size, slice_bytes)
+        began = time.monotonic()
+        self._exchange_in_rounds(outputs, inputs, under_way)
+        self._pace.tell(self.size, slice_bytes, under_way, time.monotonic() - began)
 
-        A round begins when the last but one has ended: that hides the start of its streams behind the round before.
-        """
+    def _exchange_in_rounds(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], under_way_at_most: int) -> None:
+        """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link."""
         if outputs[self.rank].data_ptr() != inputs[self.rank].data_ptr():
             outputs[self.rank].copy_(inputs[self.rank])
         under_way: deque[list[Work]] = deque()

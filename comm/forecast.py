@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -159,10 +159,10 @@ class Forecast:
 
     def bytes_per_step(self) -> dict[str, float]:
         """Payload bytes that this rank sends, by level, in the mean over steps."""
-        levels: Counter[str] = Counter()
+        levels: defaultdict[str, float] = defaultdict(float)
         for exchange in self.exchanges:
             for level, count in exchange.sent_bytes.items():
-                levels[level] += count * exchange.per_step  # type: ignore[assignment]
+                levels[level] += count * exchange.per_step
         return dict(levels)
 
     def messages_per_step(self) -> float:

@@ -27,6 +27,7 @@ from thinwire.comm.channel import Channel
 from thinwire.comm.errors import PeerFailedError, PeerLateError, PeerLostError
 from thinwire.comm.liveness import PeerMonitor, own_address
 from thinwire.comm.meter import TrafficMeter
+from thinwire.comm.pace import Pace
 from thinwire.comm.rank_names import name_ranks
 from thinwire.comm.verdict import Progress, Survey, Verdict, draw_verdict
 
@@ -115,6 +116,7 @@ class CommQueue:
         self.timeout_s = timeout_s
         self.name = name
         self.exposed_s = 0.0
+        self._pace = Pace()
         self._lock = threading.Lock()
         self._open: set[Pending[Any]] = set()
         self._failure: BaseException | None = None
@@ -204,6 +206,7 @@ class CommQueue:
             self.meter,
             pending.operation,
             lambda work, on_device: self._wait(work, on_device, deadline),
+            self._pace,
         )
         try:
             with torch.profiler.record_function(f"thinwire::{pending.operation}"):

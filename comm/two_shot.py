@@ -8,8 +8,8 @@ from torch import Tensor
 from thinwire.comm.channel import Channel
 from thinwire.kernels.cast_reduce import cast_reduce
 
-# From this size of a slice on, its bytes take longer than the latencies of sending to one rank after another.
-_ROUNDS_FROM_BYTES = 1 << 18
+# From this size of a slice on, one rank after another may be better; see Pace, which finds out.
+_ROUNDS_FROM_BYTES = 1 << 14
 _ALIGNMENT = 16  # elements
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from thinwire.comm.compress.compressors.dense import Dense
@@ -182,11 +182,11 @@ def _rounds(
 
 def _at_own_pace(algorithm: OwnPace, turns: Sequence[Turn], share: float, seat: Seat) -> Iterator[Exchange]:
     """Nobody waits, and chance decides who is asked."""
-    sent: Counter[int] = Counter()
+    sent: defaultdict[int, float] = defaultdict(float)
     asked = 0.0
     for turn in turns:
         for peer, count in algorithm.expected_bytes(turn).items():
-            sent[peer] += count * share  # type: ignore[assignment]
+            sent[peer] += count * share
         asked += algorithm.expected_messages(turn) * share
     levels = seat.by_level({peer: round(count) for peer, count in sent.items()})
     if levels:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.optim import Optimizer
 
-from thinwire.comm.forecast import DETECTED, Coding, Exchange, Forecast, Seat
+from thinwire.comm.forecast import DETECTED, Coding, Exchange, Forecast, Seat, When
 from thinwire.comm.partition.gather import OPERATION
 from thinwire.comm.partition.levels import Levels, build_levels
 from thinwire.comm.partition.memory import KeptUnit, states_bytes, sum_memory
@@ -204,7 +204,7 @@ class _Part:
         operation: str,
         flow: Flow,
         times: int,
-        when: str,
+        when: When,
         needs: tuple[str, ...],
         coding: tuple[Coding, ...],
         *,
@@ -218,7 +218,7 @@ class _Part:
             {flow.level: flow.payload_bytes // times},
             messages=each * others,
             shots={flow.level: each},
-            when=when,  # type: ignore[arg-type]
+            when=when,
             needs=needs,
             per_step=float(times),
             coding=coding,
