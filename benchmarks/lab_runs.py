@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -164,10 +164,12 @@ class LabRuns:
                 return _outcome(entry)
         return Outcome()
 
-    def forget_errors(self) -> None:
-        """Try again what has failed."""
+    def forget_errors(self, labels: Iterable[str]) -> None:
+        """Try again those of these ways that have failed."""
+        wanted = set(labels)
         for entry in self._kept:
-            entry["error"] = ""
+            if entry["label"] in wanted:
+                entry["error"] = ""
         self._write()
 
     def _read(self) -> list[dict[str, Any]]:

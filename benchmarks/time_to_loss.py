@@ -78,7 +78,7 @@ def main() -> None:
     rates = [] if options.learn else sorted((parse_rate(rate) for rate in options.rates), reverse=True)
     runs = LabRuns(options.keep, timed_steps=options.timed, peer_limits_s=LIMITS_S, known_only=options.known)
     if options.retry:
-        runs.forget_errors()
+        runs.forget_errors(way.label for way in wanted)
     failed: dict[str, str] = {}
     found: list[Result] = []
     dense = runs.get(baseline, MACHINE, options.steps, rates, curve=True)

@@ -11,6 +11,8 @@ from time_to_loss_ways import DDP
 
 from thinwire.comm.units import parse_rate
 
+NAMES = {"thinwire": "thinwire's methods", "peers": "other systems"}
+
 
 def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Path) -> None:
     """Two panels with one scale; in each, the best of the other side as a grey line."""
@@ -28,12 +30,12 @@ def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Pa
         "thinwire": {label: line for label, line in lines.items() if label.startswith("thinwire")},
         "peers": {label: line for label, line in lines.items() if not label.startswith("thinwire")},
     }
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.6), dpi=120, layout="constrained", sharey=True, sharex=True)
+    figure, panels = plt.subplots(1, 2, figsize=(15, 5.6), dpi=120, layout="constrained", sharey=True, sharex=True)
     colors = mpl.colormaps["tab20"].colors
     for axes, (side, own), other in zip(panels, sides.items(), ("peers", "thinwire"), strict=True):
         best = best_of(sides[other])
         if best:
-            axes.plot(*zip(*best, strict=True), color="0.75", linewidth=7, label=f"best of {other}", zorder=0)
+            axes.plot(*zip(*best, strict=True), color="0.75", linewidth=7, label=f"best of {NAMES[other]}", zorder=0)
         if side == "thinwire" and DDP in lines:
             axes.plot(*zip(*sorted(lines[DDP].items()), strict=True), "--", color="0.3", linewidth=1.5, label=DDP)
         slowest_mbit = min((min(line) for line in own.values()), default=0.0)
@@ -52,9 +54,12 @@ def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Pa
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("link of each host, Mbit/s")
-        axes.set_title({"thinwire": "thinwire's methods", "peers": "other systems"}[side])
+        axes.set_title(NAMES[side])
         axes.grid(alpha=0.3, which="both")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        rates = sorted({rate for line in lines.values() for rate in line})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.minorticks_off()
     never = sorted({str(row["way"]) for row in rows} - set(lines))
     panels[0].set_ylabel("seconds until the loss is reached")
     notes = [f"validation loss {target:.3f}, four hosts"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,6 +89,18 @@ def mutations(request: pytest.FixtureRequest) -> Callable[[Tensor], Iterator[Ten
             yield torch.from_numpy(copy)
 
     return damaged
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder benchmarks/, whose modules can be imported meanwhile and are forgotten afterwards."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for name in set(sys.modules) - before:
+        if name in sys.modules and str(folder) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)

@@ -7,37 +7,23 @@ import json
 import math
 import runpy
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder's modules can be imported, and are forgotten afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in set(sys.modules) - before:
-        if name in sys.modules and str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def test_every_file_is_run_or_is_part_of_one_that_is(benchmarks: None) -> None:
+def test_every_file_is_run_or_is_part_of_one_that_is(benchmarks: Path) -> None:
     scripts = module("run_all_scripts")
     names = [script.name for script in scripts.SCRIPTS]
-    assert sorted([*names, *scripts.PARTS]) == sorted(path.stem for path in FOLDER.glob("*.py"))
+    assert sorted([*names, *scripts.PARTS]) == sorted(path.stem for path in benchmarks.glob("*.py"))
 
 
-def test_all_benchmarks_take_less_than_an_hour_and_the_quick_ones_five_minutes(benchmarks: None) -> None:
+def test_all_benchmarks_take_less_than_an_hour_and_the_quick_ones_five_minutes(benchmarks: Path) -> None:
     scripts = module("run_all_scripts").SCRIPTS
     assert sum(script.limit_s for script in scripts) <= 3600
     quick = [script.quick_limit_s for script in scripts if script.quick is not None]
@@ -46,23 +32,23 @@ def test_all_benchmarks_take_less_than_an_hour_and_the_quick_ones_five_minutes(b
 
 
 def test_every_script_knows_the_options_that_it_is_given(
-    benchmarks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_all = module("run_all")
     for script in module("run_all_scripts").SCRIPTS:
         monkeypatch.setattr(sys, "argv", [f"{script.name}.py", "--help"])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(FOLDER / f"{script.name}.py"), run_name="__main__")
+            runpy.run_path(str(benchmarks / f"{script.name}.py"), run_name="__main__")
         help_text = capsys.readouterr().out
         assert ended.value.code == 0
         given = [word for word in (*script.arguments, *(script.quick or ())) if word.startswith("--")]
         for option in ["--json", *given, *(["--plot"] if script.plots else [])]:
             assert option in help_text, (script.name, option)
-        assert run_all.claim_of(FOLDER / f"{script.name}.py")
+        assert run_all.claim_of(benchmarks / f"{script.name}.py")
 
 
 def test_a_script_that_fails_or_takes_too_long_is_named(
-    benchmarks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run_all, scripts = module("run_all"), module("run_all_scripts")
     monkeypatch.setattr(run_all, "HERE", tmp_path)
@@ -78,7 +64,7 @@ def test_a_script_that_fails_or_takes_too_long_is_named(
     ]
 
 
-def test_steps_belong_to_the_rate_that_the_links_had_all_the_while(benchmarks: None) -> None:
+def test_steps_belong_to_the_rate_that_the_links_had_all_the_while(benchmarks: Path) -> None:
     phases = module("lab_phases").Phases(
         [1e7, 1e9], warm_up_steps=2, period=2, settle_steps=1, timed_steps=3, enough_s=9.0
     )
@@ -94,7 +80,7 @@ def test_steps_belong_to_the_rate_that_the_links_had_all_the_while(benchmarks: N
     assert not phases.see([*steps, 4.5, 1.0])
 
 
-def test_a_long_step_counts_though_it_began_just_before_the_change(benchmarks: None) -> None:
+def test_a_long_step_counts_though_it_began_just_before_the_change(benchmarks: Path) -> None:
     phases = module("lab_phases").Phases([1e7, 1e8, 1e9], warm_up_steps=1, settle_steps=2, timed_steps=2)
     steps = [9.0, 0.5, 0.5]
     assert phases.see(steps)
@@ -107,14 +93,14 @@ def test_a_long_step_counts_though_it_began_just_before_the_change(benchmarks: N
     assert phases.timed == {1e9: (1, 3), 1e8: (5, 7), 1e7: (8, 9)}
 
 
-def test_a_step_takes_the_median_of_whole_periods(benchmarks: None) -> None:
+def test_a_step_takes_the_median_of_whole_periods(benchmarks: Path) -> None:
     steady_step_s = module("lab_phases").steady_step_s
     assert steady_step_s((1.0, 9.0, 2.0), 1) == 2.0
     assert steady_step_s((1.0, 3.0, 1.0, 5.0, 1.0, 7.0, 100.0), 2) == 3.0
 
 
 def test_runs_are_kept_and_made_again_only_for_what_is_missing(
-    benchmarks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lab_runs = module("lab_runs")
     asked = []
@@ -145,14 +131,14 @@ def test_runs_are_kept_and_made_again_only_for_what_is_missing(
     assert len(asked) == 2
 
 
-def test_a_run_that_makes_no_progress_ends(benchmarks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_that_makes_no_progress_ends(benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lab_runs = module("lab_runs")
     monkeypatch.setattr(lab_runs.LabRuns, "_run", lambda *_: lab_runs.Outcome())
     outcome = lab_runs.LabRuns(tmp_path / "runs.json").get(lab_runs.Way("one"), lab_runs.Machine(), 3, [1e9])
     assert outcome.error == "the run has too few steps to be timed"
 
 
-def test_records_are_read_as_they_grow_and_errors_from_the_logs(benchmarks: None, tmp_path: Path) -> None:
+def test_records_are_read_as_they_grow_and_errors_from_the_logs(benchmarks: Path, tmp_path: Path) -> None:
     lab_runs = module("lab_runs")
     path = tmp_path / "metrics.jsonl"
     tail = lab_runs._Tail(path)
@@ -169,7 +155,7 @@ def test_records_are_read_as_they_grow_and_errors_from_the_logs(benchmarks: None
     assert lab_runs._last_error(tmp_path) == "RuntimeError: no bf16 here"
 
 
-def test_time_to_the_target_is_steps_times_seconds_and_dense_steps(benchmarks: None, tmp_path: Path) -> None:
+def test_time_to_the_target_is_steps_times_seconds_and_dense_steps(benchmarks: Path, tmp_path: Path) -> None:
     time_to_loss, lab_runs = module("time_to_loss"), module("lab_runs")
     curve = lab_runs.Curve((), ((5, 4.0), (10, 3.0), (15, 2.0), (20, 1.9)))
     assert time_to_loss.loss_at(curve, 15) == 2.0
@@ -189,7 +175,7 @@ def test_time_to_the_target_is_steps_times_seconds_and_dense_steps(benchmarks: N
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_losses_that_are_not_ddps_are_refused(benchmarks: None) -> None:
+def test_losses_that_are_not_ddps_are_refused(benchmarks: Path) -> None:
     time_to_loss, lab_runs = module("time_to_loss"), module("lab_runs")
     way = time_to_loss.Contender("torch FSDP2", peer="fsdp2", trains_as=time_to_loss.DDP)
     dense = lab_runs.Outcome(first_losses=(5.0, 4.0, 3.0))
@@ -198,19 +184,19 @@ def test_losses_that_are_not_ddps_are_refused(benchmarks: None) -> None:
         time_to_loss.check_losses(way, lab_runs.Outcome(first_losses=(5.0, 4.1)), dense)
 
 
-def test_contenders_have_names_and_settings_of_their_own(benchmarks: None) -> None:
+def test_contenders_have_names_and_settings_of_their_own(benchmarks: Path) -> None:
     ways, config = module("time_to_loss_ways"), module("thinwire.dist.config")
     everyone = [*ways.OURS, *ways.PEERS]
     assert len({way.label for way in everyone}) == len(everyone)
     peers = module("peers.rank").NAMES
     assert {way.peer for way in ways.PEERS} <= set(peers)
     for way in ways.OURS:
-        loaded = config.load_config(FOLDER.parent / "configs" / way.config, list(way.overrides))
+        loaded = config.load_config(benchmarks.parent / "configs" / way.config, list(way.overrides))
         assert getattr(loaded.method, "every", way.period) == way.period
 
 
 def test_environments_are_made_once_and_again_for_other_versions(
-    benchmarks: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     environments = module("peers.environments")
     commands: list[list[str]] = []
@@ -239,7 +225,7 @@ def test_environments_are_made_once_and_again_for_other_versions(
             environments.python_of("two")
 
 
-def test_a_prediction_of_scaling_takes_the_seconds_that_were_measured(benchmarks: None) -> None:
+def test_a_prediction_of_scaling_takes_the_seconds_that_were_measured(benchmarks: Path) -> None:
     scaling, config = module("scaling"), module("thinwire.dist.config")
     cluster = module("thinwire.dist.plan.cluster")
     probed = cluster.Cluster(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,21 +12,8 @@ from thinwire.dist.config import load_config
 from thinwire.dist.plan.candidates import candidates_for
 from thinwire.dist.plan.cluster import load_cluster
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The folder's modules can be imported, and are forgotten afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(FOLDER))
-    yield
-    for name in set(sys.modules) - before:
-        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def test_the_summary_names_the_furthest(benchmarks: None) -> None:
+def test_the_summary_names_the_furthest(benchmarks: Path) -> None:
     from plan_accuracy import summary
 
     rows = [
@@ -41,7 +26,7 @@ def test_the_summary_names_the_furthest(benchmarks: None) -> None:
 
 
 def test_the_recommendation_is_the_plans_and_its_regret_the_measured_one(
-    benchmarks: None, monkeypatch: pytest.MonkeyPatch
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import plan_recommendation
     from time_to_loss import Result
@@ -67,7 +52,7 @@ def test_the_recommendation_is_the_plans_and_its_regret_the_measured_one(
     assert by_label.keys() >= {way.label for way in OURS}
 
 
-def test_what_a_plan_offers_is_what_is_measured(benchmarks: None) -> None:
+def test_what_a_plan_offers_is_what_is_measured(benchmarks: Path) -> None:
     import plan_recommendation
 
     config = load_config(plan_recommendation.CONFIGS / "demo.yaml", plan_recommendation.SETTINGS)
