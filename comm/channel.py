@@ -85,8 +85,8 @@ class Channel:
             output_splits, input_splits: elements along the first dimension, by rank; slices may be empty.
             in_rounds: exchange with one peer after another instead of with all at once; the same on every rank. All at
                 once takes one latency, so it suits small slices. Large ones fill the link only in rounds: many TCP
-                streams share it unevenly and leave it idle while the last one ends. How many rounds overlap is learnt,
-                see Pace. NCCL orders its sends itself.
+                streams share it unevenly and leave it idle while the last one ends. How many rounds overlap is the
+                Pace's to say. NCCL orders its sends itself.
         """
         began = time.monotonic()
         if in_rounds and not input.is_cuda:
@@ -172,11 +172,12 @@ class Channel:
         if self.size == 1:
             self._exchange_in_rounds(outputs, inputs, 1)
             return
-        slice_bytes = max(tensor.nbytes for tensor in (*outputs, *inputs))
-        under_way = self._pace.choose(self.size, slice_bytes)
+        others = [r for r in range(self.size) if r != self.rank]
+        sent, received = [inputs[r].nbytes for r in others], [outputs[r].nbytes for r in others]
+        under_way = self._pace.choose(self._members, max(*sent, *received))
         began = time.monotonic()
         self._exchange_in_rounds(outputs, inputs, under_way)
-        self._pace.tell(self.size, slice_bytes, under_way, time.monotonic() - began)
+        self._pace.tell(self._members, max(sum(sent), sum(received)), under_way, time.monotonic() - began)
 
     def _exchange_in_rounds(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], under_way_at_most: int) -> None:
         """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link."""

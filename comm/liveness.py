@@ -1,4 +1,4 @@
-"""Who is alive, and what has each rank reached: asked over UDP, and only when an operation is overdue or broken.
+"""Who is alive, what has each rank reached, and how far is it: asked over UDP, never while an operation goes well.
 
 Gloo tells a rank that a neighbour's connection closed, or nothing at all until a timeout; it never says which rank of
 the job is at fault, and a survivor that leaves looks like one that died. So every rank answers questions on a
@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import secrets
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -30,6 +31,7 @@ from thinwire.comm.verdict import Progress, Survey, Verdict
 
 _TAG_BYTES = 16
 _MAX_DATAGRAM_BYTES = 8192
+_PINGS, _PINGED, _PING_S = 3, 16, 1.0
 _ASK_AGAIN_S = 0.2  # a question or a verdict is repeated: the network that failed an operation may lose datagrams too
 
 
@@ -50,6 +52,8 @@ class PeerMonitor:
         self._socket = sock
         self._progress: dict[str, Progress] = {}
         self._answers: dict[str, dict[int, Progress]] = {}
+        self._asked_at: dict[str, float] = {}
+        self._round_trip_s: dict[int, float] = {}
         self._answered = threading.Condition()
         self._verdict: Verdict | None = None
         self._listeners: list[weakref.WeakMethod[Callable[[Verdict], None]]] = []
@@ -76,7 +80,9 @@ class PeerMonitor:
         keys = ["monitor/key", *(f"monitor/{peer}" for peer in range(size))]
         store.wait(keys, timedelta(seconds=timeout_s))
         addresses = [(str(a), int(p)) for a, p in (json.loads(store.get(key)) for key in keys[1:])]
-        return cls(rank, addresses, bytes.fromhex(store.get("monitor/key").decode()), sock)
+        monitor = cls(rank, addresses, bytes.fromhex(store.get("monitor/key").decode()), sock)
+        monitor._ping()
+        return monitor
 
     @property
     def host(self) -> str:
@@ -94,18 +100,40 @@ class PeerMonitor:
 
     def survey(self, queue: str, timeout_s: float) -> Survey:
         """Ask every other rank what it has reached on the named queue; return after all answers or timeout_s."""
-        others = [peer for peer in range(len(self._addresses)) if peer != self._rank]
-        nonce = secrets.token_hex(8)
+        return self._ask([peer for peer in range(len(self._addresses)) if peer != self._rank], queue, timeout_s)
+
+    def latency_s(self, ranks: Sequence[int]) -> float:
+        """Seconds of a round trip to the farthest of these ranks that has answered; infinity where none has."""
+        known = [self._round_trip_s[rank] for rank in ranks if rank in self._round_trip_s]
+        return max(known, default=math.inf)
+
+    def _ping(self) -> None:
+        """Learn the round trips, each the least of a few, to the others or to some of many."""
+        size = len(self._addresses)
+        distances = sorted({round(1 + k * (size - 2) / (_PINGED - 1)) for k in range(_PINGED)})
+        for _ in range(_PINGS):
+            self._ask([(self._rank + distance) % size for distance in distances], "", _PING_S)
+
+    def _ask(self, others: Sequence[int], queue: str, timeout_s: float) -> Survey:
         answers: dict[int, Progress] = {}
         deadline = time.monotonic() + timeout_s
+
+        def ended() -> bool:
+            return len(answers) == len(others) or self._verdict is not None
+
         with self._answered:
-            self._answers[nonce] = answers
-            while len(answers) < len(others) and time.monotonic() < deadline and self._verdict is None:
+            nonces: list[str] = []
+            while not ended() and time.monotonic() < deadline:
+                nonce = secrets.token_hex(8)  # of its own for each time: an answer tells which question it is to
+                nonces.append(nonce)
+                self._answers[nonce] = answers
+                self._asked_at[nonce] = time.monotonic()
                 for peer in others:
                     if peer not in answers:
                         self._send(peer, {"kind": "ask", "nonce": nonce, "queue": queue})
-                self._answered.wait(min(_ASK_AGAIN_S, max(0.0, deadline - time.monotonic())))
-            del self._answers[nonce]
+                self._answered.wait_for(ended, min(_ASK_AGAIN_S, max(0.0, deadline - time.monotonic())))
+            for nonce in nonces:
+                del self._answers[nonce], self._asked_at[nonce]
             return Survey(dict(answers), tuple(peer for peer in others if peer not in answers))
 
     def announce(self, verdict: Verdict) -> Verdict:
@@ -181,10 +209,13 @@ class PeerMonitor:
             if self._verdict is not None:
                 self._send(sender, {"kind": "verdict", "verdict": asdict(self._verdict)})
         elif message["kind"] == "answer":
+            arrived = time.monotonic()
             with self._answered:
-                answers = self._answers.get(message["nonce"])
-                if answers is not None:
-                    answers[sender] = Progress(**message["progress"])
+                nonce = message["nonce"]
+                if nonce in self._answers:
+                    trip_s = arrived - self._asked_at[nonce]
+                    self._round_trip_s[sender] = min(trip_s, self._round_trip_s.get(sender, math.inf))
+                    self._answers[nonce][sender] = Progress(**message["progress"])
                     self._answered.notify_all()
         elif message["kind"] == "verdict":
             told = message["verdict"]

@@ -1,59 +1,80 @@
-"""How many rounds of an exchange are under way at once: learnt from how long the exchanges took."""
+"""How many rounds of an exchange are under way at once: as many as the latency of the links asks for."""
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
-_TRIALS, _KEPT, _ANOTHER_EVERY = 3, 5, 32
+Members: TypeAlias = Sequence[int]
+"""Ranks of a group, in the order of a channel."""
 
-
-@dataclass
-class _Known:
-    """seconds: of the latest exchanges, by the number of rounds that were under way."""
-
-    seconds: dict[int, deque[float]]
-    exchanges: int = 0
+_KEPT = 16  # exchanges that tell the rate
+_NEGLIGIBLE = 0.1  # of a slice's time: a latency that another round need not hide
 
 
 @dataclass
+class _Rate:
+    """moved: (bytes, seconds of the link) of the latest exchanges."""
+
+    moved: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=_KEPT))
+
+    @property
+    def s_per_byte(self) -> float | None:
+        moved_bytes, seconds = (math.fsum(column) for column in zip(*self.moved, strict=True)) if self.moved else (0, 0)
+        return seconds / moved_bytes if moved_bytes else None
+
+
 class Pace:
-    """Chooses for exchanges of like size, among as many ranks, how many rounds are under way at once.
+    """Chooses how many rounds of an exchange are under way at once.
 
-    One fills a link best where its bytes take longer than its latency: more streams share it unevenly, and some links
-    idle while others end. Where latency is longer, it hides behind other rounds. Which of the two it is depends on the
-    size, the rate and the delay, and changes with them. So one, two and all are tried, each some times in a row, since
-    the last frames of an exchange delay the next; then the one with the least median of its latest times is taken, and
-    now and then another. Ranks need not agree: all of them post the same messages in the same order.
+    In a round every rank sends one slice and receives one, so a single round under way gives each link one stream each
+    way, which fills it best: more streams share it unevenly, and some links idle while others end. But between two
+    rounds the link idles for a latency. With latency L and t seconds for a slice,
+
+        under way = 1 + ceil(L / t), and 1 where L / t is negligible
+
+    hides it with as few streams as can be. L is what the monitor has measured, t follows from how long the latest
+    exchanges took, so both follow the links. Ranks need not agree: all post the same messages in the same order.
+
+    Args:
+        latency_s: seconds from the end of one slice to the first byte of the next with the farthest of these ranks, or
+            infinity where it is not known.
     """
 
-    _known: dict[tuple[int, int], _Known] = field(default_factory=dict)
+    def __init__(self, latency_s: Callable[[Members], float]) -> None:
+        self._latency_s = latency_s
+        self._rates: dict[tuple[int, ...], _Rate] = {}
 
-    def choose(self, ranks: int, slice_bytes: int) -> int:
-        """Rounds under way at once, 1 to ranks - 1, for the next exchange of this size.
+    def choose(self, members: Members, slice_bytes: int) -> int:
+        """Rounds under way at once, 1 to the number of members less 1, for the next exchange.
 
         Args:
-            ranks: that take part, two at least.
+            members: that take part, two at least.
             slice_bytes: the largest that this rank sends or receives.
         """
-        known = self._of(ranks, slice_bytes)
-        choices = list(known.seconds)
-        for choice in choices:
-            if len(known.seconds[choice]) < _TRIALS:
-                return choice
-        if known.exchanges % _ANOTHER_EVERY == 0:
-            return choices[known.exchanges // _ANOTHER_EVERY % len(choices)]
-        return min(choices, key=lambda choice: statistics.median(known.seconds[choice]))
+        most = len(members) - 1
+        latency_s = self._latency_s(members)
+        s_per_byte = self._rate(members).s_per_byte
+        if math.isinf(latency_s):
+            return most
+        if s_per_byte is None:
+            return min(2, most)
+        waiting = latency_s / max(1e-9, slice_bytes * s_per_byte)
+        return min(most, 1 + max(0, math.ceil(waiting - _NEGLIGIBLE)))
 
-    def tell(self, ranks: int, slice_bytes: int, choice: int, seconds: float) -> None:
-        """An exchange of this size has taken so many seconds with so many rounds under way."""
-        known = self._of(ranks, slice_bytes)
-        known.exchanges += 1
-        known.seconds[choice].append(seconds)
+    def tell(self, members: Members, moved_bytes: int, under_way: int, seconds: float) -> None:
+        """An exchange has taken so many seconds with so many rounds under way.
 
-    def _of(self, ranks: int, slice_bytes: int) -> _Known:
-        key = ranks, slice_bytes.bit_length()
-        if key not in self._known:
-            self._known[key] = _Known({n: deque(maxlen=_KEPT) for n in sorted({1, min(2, ranks - 1), ranks - 1})})
-        return self._known[key]
+        Args:
+            moved_bytes: that this rank has sent, or received, whichever is more.
+        """
+        latency_s = self._latency_s(members)
+        waves = math.ceil((len(members) - 1) / under_way)
+        idle_s = 0.0 if math.isinf(latency_s) else waves * latency_s
+        self._rate(members).moved.append((moved_bytes, max(seconds - idle_s, seconds / 4)))
+
+    def _rate(self, members: Members) -> _Rate:
+        return self._rates.setdefault(tuple(members), _Rate())

@@ -116,7 +116,7 @@ class CommQueue:
         self.timeout_s = timeout_s
         self.name = name
         self.exposed_s = 0.0
-        self._pace = Pace()
+        self._pace = Pace(monitor.latency_s)
         self._lock = threading.Lock()
         self._open: set[Pending[Any]] = set()
         self._failure: BaseException | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 from thinwire.comm.channel import Channel
 from thinwire.kernels.cast_reduce import cast_reduce
 
-# From this size of a slice on, one rank after another may be better; see Pace, which finds out.
+# From this size of a slice on, one rank after another may be better; see Pace, which says when.
 _ROUNDS_FROM_BYTES = 1 << 14
 _ALIGNMENT = 16  # elements
 
