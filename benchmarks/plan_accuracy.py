@@ -4,7 +4,7 @@
 
 Four emulated hosts. For each link `thinwire probe` measures once, of the demo's model: links, compressors, computing.
 From that and each method's settings comes the foretold step; the measured one is the median of the steady steps of a
-run in the lab, which time_to_loss.py and this keep in one file. The ratio is foretold / measured. A probe or a run that
+run in the lab, on the same machine. The ratio is foretold / measured. A probe or a run that
 is there is not made again.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from lab_runs import CONFIGS, LabRuns, Machine, Way
 from runner import Row, arguments, report
-from time_to_loss import KEPT, STEPS
+from time_to_loss import STEPS
 from time_to_loss_ways import DDP, OURS, Contender
 
 from thinwire.comm.units import format_rate, parse_rate
@@ -36,7 +36,10 @@ WAYS = (
     *OURS,
     Contender("thinwire one byte", config="demo_onebyte.yaml"),
 )
-PROBES = Path(__file__).resolve().parent / "results" / "probes"
+RESULTS = Path(__file__).resolve().parent / "results"
+PROBES = RESULTS / "probes"
+KEPT = RESULTS / "plan_runs.json"
+"""Runs of the machine that the probes are of; their losses are those of time_to_loss.py."""
 
 
 @dataclass(frozen=True)

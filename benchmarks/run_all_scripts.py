@@ -47,7 +47,7 @@ SCRIPTS = (
         300,
         plots=True,
     ),
-    Script("two_shot", ("--repeats", "3"), 60),
+    Script("two_shot", ("--repeats", "2", "--most", "0.6"), 100),
     Script("queue_overhead", ("--repeats", "7"), 45),
     Script("lab_accuracy", ("--repeats", "2"), 45, ("--repeats", "1"), 45),
     Script("fault_detection", (), 60),

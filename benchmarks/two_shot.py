@@ -1,6 +1,6 @@
 """Claim: the two-shot mean comes near the rate of any link, by having as many rounds under way as its latency asks for.
 
-    python benchmarks/two_shot.py [--repeats 5] [--json FILE]
+    python benchmarks/two_shot.py [--repeats 4] [--most 3] [--json FILE]
 
 Four emulated hosts average fp32 tensors: by gloo's own ring all-reduce, and by thinwire's two-shot mean with one, two
 or all three rounds under way at once, and with as many as it chooses by itself. The ratio is the time over (bytes that
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,24 +34,26 @@ from thinwire.launch.lab import Lab
 HOSTS = 4
 LINKS = [(10e6, 0.0), (100e6, 0.0), (1e9, 0.0), (100e6, 0.025)]  # (rate_bps, delay_s)
 ELEMENTS = [1 << 16, 1 << 18, 1 << 20, 1 << 22]
-MOST_S = 3.0  # of one mean
 
 
 def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
-    parser.set_defaults(device="cpu", repeats=5)
+    parser.set_defaults(device="cpu", repeats=4)
     parser.add_argument("--worker", type=int, nargs="+", metavar="ELEMENTS", help="what a rank does (the script's own)")
+    parser.add_argument(
+        "--most", type=float, default=3.0, help="seconds of the longest mean, where links are used fully"
+    )
     options = parser.parse_args()
     if options.worker:
         work(options.worker, options.repeats)
         return
-    rows = [row for link in LINKS for row in measure_link(*link, options.repeats)]
+    rows = [row for link in LINKS for row in measure_link(*link, options)]
     report(str(__doc__).splitlines()[0], rows, device=torch.device("cpu"), path=options.json)
 
 
-def measure_link(rate_bps: float, delay_s: float, repeats: int) -> list[Row]:
-    sizes = [numel for numel in ELEMENTS if ideal_s(numel, rate_bps, delay_s) < MOST_S]
-    command = [sys.executable, __file__, "--repeats", str(repeats), "--worker", *map(str, sizes)]
+def measure_link(rate_bps: float, delay_s: float, options: Any) -> list[Row]:
+    sizes = [numel for numel in ELEMENTS if ideal_s(numel, rate_bps, delay_s) < options.most]
+    command = [sys.executable, __file__, "--repeats", str(options.repeats), "--worker", *map(str, sizes)]
     with tempfile.TemporaryDirectory() as folder, Lab(hosts=HOSTS, rate_bps=rate_bps, delay_s=delay_s) as lab:
         log = Path(folder) / "log"
         with log.open("w") as file:

@@ -104,6 +104,7 @@ class Coding:
 
     codec: see codec_label(). encoded, decoded: elements of the tensors, whatever is kept of them.
     encodes, decodes: calls for all of them, each of which takes some time whatever its size.
+    handled: elements that go through the pipeline of method compress meanwhile, in one call: joined, packed, checked.
     """
 
     codec: str
@@ -111,6 +112,7 @@ class Coding:
     decoded: int
     encodes: int = 1
     decodes: int = 1
+    handled: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,13 @@ FORECASTS = {
 
 @pytest.mark.parametrize("name", FORECASTS)
 @pytest.mark.parametrize("prefetch", [0, 1])
-def test_equals_the_timeline_where_nothing_disturbs_it(name: str, prefetch: int) -> None:
+@pytest.mark.parametrize("coupled_s", [0.0, 0.125])
+def test_equals_the_timeline_where_nothing_disturbs_it(name: str, prefetch: int, coupled_s: float) -> None:
     cluster, forecast = cluster_of(2, 4, 8), Forecast(FORECASTS[name])
+    compute = replace(COMPUTE, coupled_s=coupled_s)
     options: dict[str, Any] = {"micro_batches": 2, "prefetch": prefetch}
-    told = step_time(forecast, TRACE, COMPUTE, cluster, **options)
-    program = build_program(forecast, TRACE, COMPUTE, cluster, **options)
+    told = step_time(forecast, TRACE, compute, cluster, **options)
+    program = build_program(forecast, TRACE, compute, cluster, **options)
     for ranks in (every_rank(cluster), distinct_ranks(cluster, [])):
         steps = Steps(program, ranks, Disturbances())
         ended = [steps.next().ended_s for _ in range(60)]

@@ -214,6 +214,19 @@ def test_a_probe_s_computing_is_taken_for_the_same_run_alone() -> None:
     assert "has not timed the computing" in other.remarks[0]
 
 
+def test_a_compressor_that_the_probe_has_not_timed_is_named() -> None:
+    config = load_config(SMALL, ["method={kind: compress, compressor: int8}"])
+    boxes, speed = load_cluster(BOXES), {"encode_s": 1e-9, "decode_s": 1e-9}
+
+    def remarks(codecs: dict[str, dict[str, float]]) -> list[str]:
+        measured = {"hosts": ["a", "b", "c", "d"], "cores_per_rank": 1, "codecs": codecs}
+        return predict(config, Cluster.model_validate({**boxes.model_dump(), "measured": measured})).remarks
+
+    assert not any("encoding" in remark for remark in remarks({'{"kind": "int8"}': speed}))
+    assert 'encoding by {"kind": "int8"} counts as nothing' in remarks({'{"kind": "int4"}': speed})[0]
+    assert "until `thinwire probe` has timed them" in remarks({})[0]
+
+
 def test_one_byte_computes_forward_passes_alone() -> None:
     boxes, passes = load_cluster(BOXES), {}
     for samples in (1, 4):

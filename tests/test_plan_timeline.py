@@ -147,6 +147,22 @@ def test_beside_does_not_hold_up_the_gradients() -> None:
     assert exposed(exchange("beside", 3), exchange("backward", 1, "a")) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(
+    ("sent", "longer"),
+    [
+        ((), 0.0),
+        ((exchange("backward", 0, "b"),), 0.25),
+        ((exchange("backward", 0, "b"), exchange("gather", 0, "a", per_step=2)), 0.25),
+        ((exchange("step", 0, per_step=0.1),), 0.025),
+        ((exchange("beside", 0),), 0.0),
+    ],
+)
+def test_ranks_that_wait_for_one_another_lose_what_was_measured(sent: tuple[Exchange, ...], longer: float) -> None:
+    coupled = ComputeTime(1.0, 2.0, 0.5, coupled_s=0.25)
+    found = step_time(Forecast(sent), TRACE, coupled, cluster(), micro_batches=1)
+    assert (found.compute_s, found.exposed_s) == (3.5, pytest.approx(longer))
+
+
 def test_bytes_that_a_processor_moves_are_not_computed_with() -> None:
     measured = {"hosts": ["a"] * 4, "cores_per_rank": 1.0, "cpu_s_per_byte": 0.5e-6}
     # From 2 s to 3 s half of the processor is left: backward ends at 3.5 s, and nothing computes while a is sent.

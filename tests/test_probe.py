@@ -276,16 +276,16 @@ def test_measured_links_of_another_rate() -> None:
 
 
 def test_processors_that_ranks_share(probed: tuple[Probe, Path]) -> None:
-    """What an exchange takes from computing: its bytes' share, and its coding where there is no second processor."""
+    """What an exchange takes from computing, where there is no second processor for its bytes and its coding."""
     cluster = probed[0].cluster
     assert cluster.measured is not None
     speeds = {"c": CodecSpeed(encode_s=1e-6, decode_s=2e-6, encode_call_s=0.25e-3, decode_call_s=0.25e-3)}
     exchange = Exchange("x", {"world": 1000}, 3, {"world": 1}, "backward", coding=(Coding("c", 1000, 500, 1, 3),))
-    for cores, lost in ((0.5, 3e-3), (1.0, 3e-3), (1.5, 1e-3), (2.0, 0.0), (8.0, 0.0)):
+    for cores, lost in ((0.5, 1.0), (1.0, 1.0), (1.5, 1 / 3), (2.0, 0.0), (8.0, 0.0)):
         update = {"cores_per_rank": cores, "cpu_s_per_byte": 1e-7, "codecs": speeds}
         measured = cluster.measured.model_copy(update=update)
         taken = taken_s(exchange, cluster.model_copy(update={"measured": measured}))
-        assert taken == pytest.approx(1000 * 1e-7 + lost)
+        assert taken == pytest.approx(lost * (1000 * 1e-7 + 3e-3))
     assert taken_s(exchange, cluster.model_copy(update={"measured": None})) == 0
 
 
@@ -293,7 +293,10 @@ def test_forward_passes_alone_foretell_no_training(probed: tuple[Probe, Path]) -
     found, folder = probed
     assert found.cluster.measured is not None
     (speed,) = found.cluster.measured.computes
-    forward_only = speed.model_copy(update={"forward_s": 0.25, "backward_s": 0.0, "optimizer_s": 0.0})
+    assert 0 < speed.forward_alone_s < speed.forward_s + speed.backward_s
+    forward_only = speed.model_copy(
+        update={"forward_s": 0.25, "backward_s": 0.0, "optimizer_s": 0.0, "forward_alone_s": 0.25}
+    )
     measured = found.cluster.measured.model_copy(update={"computes": (forward_only,)})
     cluster = found.cluster.model_copy(update={"measured": measured})
     assert predict(small_config(folder), cluster).compute_from.startswith("counted operations at")
@@ -303,3 +306,6 @@ def test_forward_passes_alone_foretell_no_training(probed: tuple[Probe, Path]) -
     one_byte = predict(load_config(folder / "one_byte.yaml"), cluster)
     assert one_byte.compute_from == "measured by the probe"
     assert one_byte.time.compute_s >= 2 * 0.25
+    by_training = predict(load_config(folder / "one_byte.yaml"), found.cluster)
+    passes_s = 2 * (0.25 - speed.forward_alone_s)
+    assert one_byte.time.compute_s - by_training.time.compute_s == pytest.approx(passes_s)

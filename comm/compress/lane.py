@@ -119,6 +119,5 @@ class Lane:
             case _:
                 return 0
 
-    @staticmethod
-    def _coding(codec: Compressor, encoded: int, decoded: int, encodes: int, decodes: int) -> tuple[Coding, ...]:
-        return (Coding(codec_label(codec), encoded, decoded, encodes, decodes),)
+    def _coding(self, codec: Compressor, encoded: int, decoded: int, encodes: int, decodes: int) -> tuple[Coding, ...]:
+        return (Coding(codec_label(codec), encoded, decoded, encodes, decodes, handled=self.numel),)

@@ -226,7 +226,7 @@ class _Part:
         )
 
     def _coding(self, kind: str, encoded: int, decoded: int) -> tuple[Coding, ...]:
-        """By the compressor that writes the same codes; what stays as it is takes no time."""
+        """By the compressor that writes the same codes, handled as by method compress; else it takes no time."""
         if kind in ("same", "fp32") or not encoded + decoded:
             return ()
-        return (Coding(json.dumps({"kind": kind}), encoded, decoded),)
+        return (Coding(json.dumps({"kind": kind}), encoded, decoded, handled=encoded),)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from thinwire.dist.cluster_simulation.disturbances import Disturbances
 from thinwire.dist.cluster_simulation.neighbours import ROUND, Sources
 from thinwire.dist.cluster_simulation.ranks import Ranks, Times
-from thinwire.dist.plan.program import Program, Send, Wait, Work
+from thinwire.dist.plan.program import Meet, Program, Send, Wait, Work
 from thinwire.dist.plan.timeline import computed
 
 
@@ -85,14 +85,14 @@ class Steps:
         factors = self._disturbances.factors(self._ranks, self._step)
         began = np.where(self.alive, self._now, 0.0)
         others, wire = np.zeros(count), np.zeros(count)
-        self._busy = []
+        self._busy, met = [], False
         self.alive &= self._now < self._failing_s
         for operation in self._program.operations:
             match operation:
                 case Work(seconds):
                     self._compute(seconds * factors)
                 case Send() if operation.comes(self._step):
-                    self._send(operation)
+                    met |= self._send(operation) and not operation.beside
                 case Wait(slot) if slot in self._begun:
                     begun = self._begun.pop(slot)
                     waited = np.maximum(begun.end_s - self._now, 0.0)
@@ -100,6 +100,9 @@ class Steps:
                     others += for_others
                     wire += waited - for_others
                     self._now = np.maximum(self._now, begun.end_s)
+                case Meet(seconds) if met:
+                    others += seconds
+                    self._now = self._now + seconds
         self._step += 1
         return StepOutcome(self._now, self._now - began - others - wire, others, wire)
 
@@ -113,7 +116,8 @@ class Steps:
             ends.append(computed(float(now), float(took), busy))
         self._now = np.array(ends)
 
-    def _send(self, send: Send) -> None:
+    def _send(self, send: Send) -> bool:
+        """Whether there is such an exchange in this step."""
         ready = self._now
         late: Times = np.zeros(len(ready))
         for times in (self._free.get(send.queue), *(self._begun[s].end_s for s in send.after if s in self._begun)):
@@ -121,18 +125,19 @@ class Steps:
         for slot in send.after:
             late = late + (self._begun[slot].late_s if slot in self._begun else 0.0)
         if self._sources is not None and send.operation == ROUND:
-            self._send_to_neighbours(send, ready, self._sources(self._step))
-            return
+            sources = self._sources(self._step)
+            if sources is not None:
+                self._send_to_neighbours(send, ready, sources)
+            return sources is not None
         begin = ready if send.level is None else np.maximum(ready, self._ranks.latest(self._come(ready), send.level))
         end = begin + send.seconds
         self._free[send.queue] = end
         self._begun[send.slot] = _Begun(late + begin - ready, end)
         self._occupy(send, begin, end)
+        return True
 
-    def _send_to_neighbours(self, send: Send, ready: Times, sources: NDArray[np.int64] | None) -> None:
+    def _send_to_neighbours(self, send: Send, ready: Times, sources: NDArray[np.int64]) -> None:
         """Each rank goes on when its neighbours' messages are there; its own take until then, or longer."""
-        if sources is None:  # no exchange after this step
-            return
         own = np.arange(len(ready))[:, None]
         sent = ready + send.seconds * (sources != own).any(axis=1)
         self._free[send.queue] = sent

@@ -101,12 +101,17 @@ class Device(Settings):
 
 
 class CodecSpeed(Settings):
-    """Seconds per element on one rank while all ranks work, and in addition of one call whatever its size."""
+    """Seconds per element on one rank while all ranks work, and in addition of one call whatever its size.
+
+    handle: what the pipeline of method compress does besides with a group of tensors.
+    """
 
     encode_s: float = Field(ge=0)
     decode_s: float = Field(ge=0)
     encode_call_s: float = Field(0.0, ge=0)
     decode_call_s: float = Field(0.0, ge=0)
+    handle_s: float = Field(0.0, ge=0)
+    handle_call_s: float = Field(0.0, ge=0)
 
 
 class SweepSpeed(Settings):
@@ -123,6 +128,9 @@ class ComputeSpeed(Settings):
     """Seconds that one rank computes while all do, of one micro-batch, and of the optimizer.
 
     config: digest of the settings that it depends on: see compute_digest().
+    coupled_s: by which a step is longer where the ranks wait for one another in its backward pass, whatever they send:
+      they are not all equally fast at all times, least of all where they share processors.
+    forward_alone_s: of a forward pass that keeps nothing for a backward pass; 0: not timed.
     """
 
     config: str
@@ -130,6 +138,8 @@ class ComputeSpeed(Settings):
     forward_s: float = Field(ge=0)
     backward_s: float = Field(ge=0)
     optimizer_s: float = Field(ge=0)
+    coupled_s: float = Field(0.0, ge=0)
+    forward_alone_s: float = Field(0.0, ge=0)
 
 
 class Measured(Settings):
@@ -137,8 +147,8 @@ class Measured(Settings):
 
     hosts: a name for each rank's.
     cores_per_rank: processors that a rank has for itself; the ranks of an emulated cluster share some.
-    cpu_s_per_byte: seconds of computing that a rank loses for each byte that it sends, and receives, meanwhile; copies
-      and sums included. 0 where a processor is free for that.
+    cpu_s_per_byte: seconds for which a processor is busy with each byte that a rank sends, and receives, while all do;
+      copies and sums included. 0 where the processor has nothing to do with it.
     sweep: of method onebyte; null: unknown.
     codecs: by Coding.codec.
     pairs, collectives: for people; a plan takes its figures from the levels.

@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from thinwire.comm.forecast import Exchange
+from thinwire.comm.forecast import Coding, Exchange
 from thinwire.dist.plan.cluster import Cluster, CodecSpeed
 
 
 @dataclass(frozen=True)
 class ComputeTime:
-    """Seconds of one rank: forward and backward of one micro-batch, and the optimizer's step."""
+    """Seconds of one rank: forward and backward of one micro-batch, and the optimizer's step.
+
+    coupled_s: by which a step is longer where the ranks wait for one another, whatever they send.
+    """
 
     forward_s: float
     backward_s: float
     optimizer_s: float
+    coupled_s: float = 0.0
 
     def step_s(self, micro_batches: int) -> float:
-        """Of a whole step."""
+        """Of a whole step of a rank that waits for nobody."""
         return micro_batches * (self.forward_s + self.backward_s) + self.optimizer_s
 
 
@@ -39,22 +43,29 @@ def exchange_s(exchange: Exchange, cluster: Cluster) -> float:
 def taken_s(exchange: Exchange, cluster: Cluster) -> float:
     """Seconds of computing that one occurrence takes away from this rank where both run at once.
 
-    Those of its bytes as a probe has measured them. Encoding and decoding keep a processor busy: with two for each rank
-    nothing is lost, with one or less all of it, since the ranks were all encoding when that was measured.
+    Moving bytes, encoding and decoding keep a processor busy, as long as a probe has measured while all ranks did: with
+    two for each rank nothing is lost, with one or less all of it.
     """
     if cluster.measured is None:
         return 0.0
     cores = min(2.0, max(1.0, cluster.measured.cores_per_rank))
     moved_s = sum(exchange.sent_bytes.values()) * cluster.measured.cpu_s_per_byte
-    return moved_s + coding_s(exchange, cluster) * (2 / cores - 1)
+    return (moved_s + coding_s(exchange, cluster)) * (2 / cores - 1)
 
 
 def coding_s(exchange: Exchange, cluster: Cluster) -> float:
     """Seconds of encoding and decoding in one occurrence; what has not been measured costs nothing."""
     speeds: Mapping[str, CodecSpeed] = cluster.measured.codecs if cluster.measured else {}
-    total = 0.0
-    for coding in exchange.coding:
-        if (speed := speeds.get(coding.codec)) is not None:
-            total += coding.encoded * speed.encode_s + coding.encodes * speed.encode_call_s
-            total += coding.decoded * speed.decode_s + coding.decodes * speed.decode_call_s
-    return total
+    return sum(one_coding_s(coding, speeds[coding.codec]) for coding in exchange.coding if coding.codec in speeds)
+
+
+def one_coding_s(coding: Coding, speed: CodecSpeed) -> float:
+    """Seconds of what one Coding counts."""
+    return (
+        coding.encoded * speed.encode_s
+        + coding.encodes * speed.encode_call_s
+        + coding.decoded * speed.decode_s
+        + coding.decodes * speed.decode_call_s
+        + coding.handled * speed.handle_s
+        + bool(coding.handled) * speed.handle_call_s
+    )

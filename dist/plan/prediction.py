@@ -36,6 +36,9 @@ _DIRECTION_FLOPS = 10  # for each element, to draw a random sign and add it on t
 _META = torch.device("meta")
 _MEASURED = "measured by the probe"
 _NOT_TIMED = "encoding and decoding count as nothing until `thinwire probe` has timed them"
+_NOT_TIMED_HERE = (
+    "encoding by {} counts as nothing: this probe has not timed it; a probe of this run's configuration does"
+)
 _OTHER_COMPUTING = (
     "the probe has not timed the computing of this model and micro-batch, so operations are counted instead; "
     "`thinwire probe CONFIG` times it"
@@ -77,10 +80,13 @@ class Prediction:
     def remarks(self) -> list[str]:
         """What is not foretold, or only roughly."""
         measured = self.cluster.measured
-        coded = any(exchange.coding for exchange in self.forecast.exchanges)
+        codecs = dict.fromkeys(coding.codec for exchange in self.forecast.exchanges for coding in exchange.coding)
+        timed = measured.codecs if measured else {}
+        unknown = [codec for codec in codecs if codec not in timed]
         return [
             *self.forecast.remarks,
-            *([_NOT_TIMED] if coded and not (measured and measured.codecs) else []),
+            *([_NOT_TIMED_HERE.format(", ".join(unknown))] if unknown and timed else []),
+            *([_NOT_TIMED] if unknown and not timed else []),
             *([_OTHER_COMPUTING] if measured and self.compute_from != _MEASURED else []),
         ]
 
@@ -208,7 +214,8 @@ def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: 
     elements = sum(parameter.numel for parameter in subject.parameters if parameter.trained)
     if found is not None:
         again = (trace.backward_flops - subject.trace.backward_flops) / max(1, trace.forward_flops)
-        time = ComputeTime(found.forward_s, found.backward_s + again * found.forward_s, found.optimizer_s)
+        backward_s = found.backward_s + again * found.forward_s
+        time = ComputeTime(found.forward_s, backward_s, found.optimizer_s, found.coupled_s)
         source = _MEASURED
     else:
         flops = (trace.forward_flops, trace.backward_flops, _OPTIMIZER_FLOPS * elements)
@@ -221,7 +228,8 @@ def _compute(subject: Subject, trace: StepTrace, cluster: Cluster, micro_batch: 
         sweep = sweep or SweepSpeed(pass_s=0.0, direction_s=_DIRECTION_FLOPS / rate)
         # To the weights of each loss, back to those of the round, and on to the next ones.
         sweeps = ((passes + 2) * sweep.pass_s + (2 * passes + applied) * sweep.direction_s) * elements
-        time = ComputeTime(passes * time.forward_s, 0.0, sweeps)
+        forward_s = found.forward_alone_s if found and found.forward_alone_s else time.forward_s
+        time = ComputeTime(passes * forward_s, 0.0, sweeps)
     if isinstance(method, PartitionSettings) and method.optim != WHOLE:  # each rank updates what it owns
         time = replace(time, optimizer_s=time.optimizer_s / cluster.seat().size_of(method.optim))
     return time, source

@@ -55,7 +55,14 @@ class Wait:
     slot: int
 
 
-Operation: TypeAlias = Work | Send | Wait
+@dataclass(frozen=True)
+class Meet:
+    """What ranks lose in a step in which they have waited for one another, whatever was sent: see ComputeSpeed."""
+
+    seconds: float
+
+
+Operation: TypeAlias = Work | Send | Wait | Meet
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,8 @@ class _Builder:
         after = [self._send(exchange, exchange.per_step) for exchange in self._after]
         yield from after
         yield from (Wait(send.slot) for send in after)
+        if self._compute.coupled_s:
+            yield Meet(self._compute.coupled_s)
         beside = [self._send(exchange, exchange.per_step) for exchange in self._beside]
         yield from (Wait(send.slot) for send in beside)  # of the step before
         yield from beside

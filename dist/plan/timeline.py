@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from thinwire.comm.forecast import Forecast
 from thinwire.dist.plan.cluster import Cluster
 from thinwire.dist.plan.exchange_time import ComputeTime, coding_s, exchange_s
-from thinwire.dist.plan.program import Program, Send, Wait, Work, build_program
+from thinwire.dist.plan.program import Meet, Program, Send, Wait, Work, build_program
 from thinwire.dist.plan.trace import StepTrace
 
 __all__ = ["ComputeTime", "Span", "StepTime", "coding_s", "exchange_s", "step_time"]
@@ -134,6 +134,7 @@ def _play(program: Program, start: _Moment, rare: frozenset[int]) -> _Played:
     """
     now, free, ends = start.now, dict(start.free), dict(start.ends)
     spans: list[Span] = []
+    met = False
     busy: list[tuple[float, float, float]] = []  # begin, end, share of the processor
     for operation in program.operations:
         match operation:
@@ -144,10 +145,13 @@ def _play(program: Program, start: _Moment, rare: frozenset[int]) -> _Played:
                 end = begin + operation.seconds
                 free[operation.queue] = ends[operation.slot] = end
                 spans.append(Span(operation.operation, now - start.now, begin - start.now, end - start.now))
+                met |= not operation.beside
                 if operation.taken_s and end > begin:
                     busy.append((begin, end, min(1.0, operation.taken_s / (end - begin))))
             case Wait(slot) if slot in ends:
                 now = max(now, ends.pop(slot))
+            case Meet(seconds) if met:
+                now += seconds
     return _Played(_Moment(now, free, ends), tuple(spans))
 
 

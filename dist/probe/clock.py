@@ -32,11 +32,14 @@ class Lockstep:
     Args:
         queue: joins the ranks.
         device: that they compute on.
+        cores_per_rank: processors that a rank has for itself; less than one where ranks share them.
+    Attributes: core_share, the part of a processor that a rank has while all compute; 1 where it has one for itself.
     """
 
-    def __init__(self, queue: CommQueue, device: torch.device) -> None:
+    def __init__(self, queue: CommQueue, device: torch.device, cores_per_rank: float = 1.0) -> None:
         self.queue = queue
         self.device = device
+        self.core_share = min(1.0, cores_per_rank)
 
     def now(self) -> float:
         """See now()."""
@@ -64,6 +67,22 @@ class Lockstep:
             began = now(self.device)
             work()
             taken.append(now(self.device) - began)
+        return [max(column) for column in zip(*self.share(taken), strict=True)]
+
+    def time_computing(self, work: Callable[[], object], repeats: int) -> list[float]:
+        """The same, of work that only computes.
+
+        Where ranks share processors, the processor's time by the share that each has of one: the clock would tell who
+        had the first turn.
+        """
+        if self.core_share == 1 or self.device.type == "cuda":
+            return self.time(work, repeats)
+        taken = []
+        for _ in range(repeats):
+            self.wait()
+            began = time.process_time()
+            work()
+            taken.append((time.process_time() - began) / self.core_share)
         return [max(column) for column in zip(*self.share(taken), strict=True)]
 
     def time_exchange(self, name: str, exchange: Callable[[Channel], object], repeats: int) -> list[float]:

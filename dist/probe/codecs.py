@@ -22,10 +22,11 @@ from thinwire.comm.compress.decoded import add_to
 from thinwire.comm.compress.draw import Draw
 from thinwire.dist.plan.cluster import CodecSpeed
 from thinwire.dist.probe.clock import Lockstep
+from thinwire.dist.probe.pipelines import measure_handling
 
 _LARGE, _SMALL = 1 << 18, 1 << 12
 _COLUMNS = 256
-_BLOCK_S, _BLOCKS, _MOST_CALLS = 0.03, 2, 200
+_BLOCK_S, _BLOCKS, _MOST_CALLS = 0.02, 2, 200
 
 EVERY: tuple[Compressor, ...] = (
     Dense(),
@@ -40,7 +41,7 @@ EVERY: tuple[Compressor, ...] = (
     TopK(k=64, chunk=4096, values="2bit"),
     RandK(density=0.01),
     Threshold(density=0.01),
-    LowRank(rank=4),
+    LowRank(rank=4, dtype="bf16"),
     LowRank(rank=16, dtype="bf16"),
     TernaryCluster(density=0.01),
 )
@@ -56,21 +57,20 @@ def compressor_of(codec: str) -> Compressor | None:
 
 
 def measure_codecs(lockstep: Lockstep, compressors: Iterable[Compressor]) -> list[CodecSpeed]:
-    """Seconds of the slowest rank, in the better of two blocks of calls. Collective."""
+    """Seconds of the slowest rank, in the better of some blocks of calls. Collective."""
     speeds = []
     for compressor in compressors:
         large = _seconds(lockstep, compressor, _LARGE)
         small = _seconds(lockstep, compressor, _SMALL)
         per_element = [max(0.0, (a - b) / (_LARGE - _SMALL)) for a, b in zip(large, small, strict=True)]
         per_call = [max(0.0, b - _SMALL * each) for b, each in zip(small, per_element, strict=True)]
-        speeds.append(
-            CodecSpeed(
-                encode_s=per_element[0],
-                decode_s=per_element[1],
-                encode_call_s=per_call[0],
-                decode_call_s=per_call[1],
-            )
+        speed = CodecSpeed(
+            encode_s=per_element[0],
+            decode_s=per_element[1],
+            encode_call_s=per_call[0],
+            decode_call_s=per_call[1],
         )
+        speeds.append(measure_handling(lockstep, compressor, speed))
     return speeds
 
 
@@ -93,12 +93,12 @@ def _seconds(lockstep: Lockstep, compressor: Compressor, numel: int) -> tuple[fl
 
 
 def _per_call(lockstep: Lockstep, work: Callable[[], object]) -> float:
-    """Seconds of one call among many, so that a rank's turns on a processor that it shares are short beside them."""
-    first_s = lockstep.time(work, 2)[1]
+    """Seconds of one call among many, beside which the clock's own are short."""
+    first_s = lockstep.time_computing(work, 2)[1]
     count = max(1, min(_MOST_CALLS, int(_BLOCK_S / max(first_s, 1e-7))))
 
     def block() -> None:
         for _ in range(count):
             work()
 
-    return min(lockstep.time(block, _BLOCKS)) / count
+    return min(lockstep.time_computing(block, _BLOCKS)) / count

@@ -60,7 +60,8 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
             "one rank alone has no link to measure: start the probe on every host as the run would be, as in "
             "`thinwire lab --hosts 4 --rate 100mbit -- thinwire probe CONFIG`, or under torchrun, mpirun or srun"
         )
-    lockstep = Lockstep(world.queue, world.device)
+    cores_per_rank = _cores_per_rank(Lockstep(world.queue, world.device))
+    lockstep = Lockstep(world.queue, world.device, cores_per_rank)
     clock = _Clock(lockstep)
     task = None if config is None else build_task(config, world.device)
     clock.lap("data")
@@ -74,7 +75,7 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     short = [time.size_bytes for time in reduces if time.median_s < _CONTENTION * seconds / _AVERAGES]
     size_bytes = max(short, default=reduces[0].size_bytes)
     sent = sum(TwoShotMean(torch.float32).sent_bytes(size_bytes // 4, world.rank, world.size).values())
-    lost_s = contention(lockstep, size_bytes, sent, _CONTENTION * seconds)
+    busy_s = contention(lockstep, size_bytes, sent, _CONTENTION * seconds)
     clock.lap("contention")
     flops = measure_flops(lockstep, _FLOPS * seconds)
     computes: tuple[ComputeSpeed, ...] = ()
@@ -105,8 +106,8 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
         ),
         measured=Measured(
             hosts=hosts,
-            cores_per_rank=_cores_per_rank(lockstep),
-            cpu_s_per_byte=lost_s,
+            cores_per_rank=cores_per_rank,
+            cpu_s_per_byte=busy_s,
             sweep=sweep_speed,
             codecs=codecs,
             computes=computes,

@@ -43,15 +43,16 @@ def print_probe(found: Probe) -> None:
     for speed in measured.computes:
         console.print(
             f"one micro-batch of {speed.micro_batch} on every rank at once: forward {1e3 * speed.forward_s:.1f} ms, "
-            f"backward {1e3 * speed.backward_s:.1f} ms; optimizer {1e3 * speed.optimizer_s:.1f} ms",
+            f"backward {1e3 * speed.backward_s:.1f} ms; optimizer {1e3 * speed.optimizer_s:.1f} ms; a step in which "
+            f"the ranks wait for one another takes {1e3 * speed.coupled_s:.1f} ms more",
             highlight=False,
         )
     device = cluster.device
     console.print(
         f"{device.name}: matrix products at {device.peak_flops / 1e9:.4g} GFLOP/s"
         + (f", of which the run gets {device.utilisation:.0%}" if measured.computes else "")
-        + f"; {measured.cores_per_rank:.3g} cores per rank; each MB sent behind computing takes "
-        f"{1e9 * measured.cpu_s_per_byte:.3g} ms from it",
+        + f"; {measured.cores_per_rank:.3g} cores per rank; each MB that is sent keeps one busy for "
+        f"{1e9 * measured.cpu_s_per_byte:.3g} ms",
         highlight=False,
     )
     for remark in found.remarks:
@@ -115,7 +116,7 @@ def _levels(cluster: Cluster) -> Table:
 
 def _codecs(cluster: Cluster) -> Table:
     table = Table()
-    for name in ("compressor", "encode", "decode", "encode call us", "decode call us"):
+    for name in ("compressor", "encode", "decode", "handle", "encode call us", "decode call us", "handle call us"):
         table.add_column(name, justify="left" if name == "compressor" else "right")
     assert cluster.measured is not None
     for codec, speed in cluster.measured.codecs.items():
@@ -126,8 +127,10 @@ def _codecs(cluster: Cluster) -> Table:
             f"{kind} {given}".strip(),
             _millions(speed.encode_s),
             _millions(speed.decode_s),
+            _millions(speed.handle_s),
             f"{1e6 * speed.encode_call_s:.0f}",
             f"{1e6 * speed.decode_call_s:.0f}",
+            f"{1e6 * speed.handle_call_s:.0f}",
         )
     return table
 
