@@ -141,7 +141,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.5, 6.5), dpi=120, layout="constrained")
-    colours = {method: f"C{i % 10}" for i, method in enumerate(dict.fromkeys(str(row["method"]) for row in rows))}
+    methods = dict.fromkeys(str(row["method"]) for row in rows)
+    shades = plt.get_cmap("tab20")  # dark and light of ten colours, in turns
+    colours = {method: shades(2 * (i % 10) + i // 10) for i, method in enumerate(methods)}
     marks = {
         count: mark for count, mark in zip(dict.fromkeys(row["ranks per host"] for row in rows), "os^v", strict=False)
     }

@@ -23,7 +23,7 @@ from runner import Row, arguments, report
 
 from thinwire.comm.units import format_rate, parse_rate
 from thinwire.dist.config import RunConfig, load_config
-from thinwire.dist.plan.cluster import Cluster, ComputeSpeed, load_cluster
+from thinwire.dist.plan.cluster import Cluster, load_cluster
 from thinwire.dist.plan.prediction import compute_digest, predict
 from thinwire.launch.lab import Lab
 
@@ -110,13 +110,12 @@ def with_compute(cluster: Cluster, config: RunConfig, ideal_s: float) -> Cluster
     probed = cluster.measured.computes[0]
     whole_s = probed.forward_s + probed.backward_s + probed.optimizer_s
     micro_batch, _ = config.train.share(cluster.size)
-    compute = ComputeSpeed(
-        config=compute_digest(config, micro_batch),
-        micro_batch=micro_batch,
-        forward_s=ideal_s * probed.forward_s / whole_s,
-        backward_s=ideal_s * probed.backward_s / whole_s,
-        optimizer_s=ideal_s * probed.optimizer_s / whole_s,
-    )
+    seconds = {
+        name: ideal_s / whole_s * getattr(probed, name)
+        for name in ("forward_s", "backward_s", "optimizer_s", "coupled_s", "forward_alone_s")
+    }
+    update = {"config": compute_digest(config, micro_batch), "micro_batch": micro_batch, **seconds}
+    compute = probed.model_copy(update=update)
     measured = cluster.measured.model_copy(update={"computes": (compute,)})
     return cluster.model_copy(update={"measured": measured})
 
