@@ -30,6 +30,7 @@ from thinwire.launch.lab import Lab
 PER_HOST, IN_ALL = 4, 16
 STEPS = 60
 EVERY = 5
+KEPT = Path(__file__).resolve().parent.parent / "build" / "benchmarks" / "scaling_runs.json"
 ALONE = Way("alone", peer="alone")
 WAYS = (
     Way("all-reduce fp32", ("method.dtype=fp32",)),
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rate", default="100mbit", help="link of each host")
     parser.add_argument("--timed", type=int, default=4, help="steps to time; fewer where they are long")
     parser.add_argument("--only", nargs="*", help="ways whose label contains one of these")
-    parser.add_argument("--keep", type=Path, metavar="FILE", default=Path("build/benchmarks/scaling_runs.json"))
+    parser.add_argument("--keep", type=Path, metavar="FILE", default=KEPT)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw efficiency against hosts there")
     options = parser.parse_args()
     rate_bps = parse_rate(options.rate)
