@@ -67,7 +67,7 @@ def run(script: Script, arguments: Sequence[str], limit_s: float, folder: Path) 
     command = [
         sys.executable,
         str(HERE / f"{script.name}.py"),
-        *arguments,
+        *(argument.replace("OUT", str(folder)) for argument in arguments),
         "--json",
         str(folder / f"{script.name}.json"),
     ]

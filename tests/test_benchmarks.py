@@ -64,6 +64,17 @@ def test_a_script_that_fails_or_takes_too_long_is_named(
     ]
 
 
+def test_out_stands_for_the_folder_of_the_results(
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_all, scripts = module("run_all"), module("run_all_scripts")
+    monkeypatch.setattr(run_all, "HERE", tmp_path)
+    (tmp_path / "told.py").write_text('"""It tells."""\nimport sys\nprint(*sys.argv[1:])\n')
+    arguments = ("--keep", scripts.RUNS)
+    assert run_all.run(scripts.Script("told", arguments, 10.0), arguments, 10.0, tmp_path).problem == ""
+    assert (tmp_path / "told.log").read_text().split()[1] == str(tmp_path / "kept" / "runs.json")
+
+
 def test_steps_belong_to_the_rate_that_the_links_had_all_the_while(benchmarks: Path) -> None:
     phases = module("lab_phases").Phases(
         [1e7, 1e9], warm_up_steps=2, period=2, settle_steps=1, timed_steps=3, enough_s=9.0
