@@ -111,8 +111,10 @@ class PeerMonitor:
         """Learn the round trips, each the least of a few, to the others or to some of many."""
         size = len(self._addresses)
         distances = sorted({round(1 + k * (size - 2) / (_PINGED - 1)) for k in range(_PINGED)})
+        others = [(self._rank + distance) % size for distance in distances]
         for _ in range(_PINGS):
-            self._ask([(self._rank + distance) % size for distance in distances], "", _PING_S)
+            if self._ask(others, "", _PING_S).silent:
+                return  # the network does not let datagrams through, or hardly; do not wait for that again
 
     def _ask(self, others: Sequence[int], queue: str, timeout_s: float) -> Survey:
         answers: dict[int, Progress] = {}

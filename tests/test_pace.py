@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import socket
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ranks import Rank, run_ranks
 
+from thinwire.comm import liveness
+from thinwire.comm.liveness import PeerMonitor
 from thinwire.comm.pace import Pace
 
 FOUR = (0, 1, 2, 3)
@@ -85,3 +88,19 @@ def test_of_many_ranks_some_are_asked() -> None:
         return sum(monitor.latency_s([r]) < math.inf for r in range(rank.size))
 
     assert run_ranks(20, work) == [16] * 20
+
+
+def test_a_network_without_datagrams_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "_PING_S", 0.01)
+    mine, deaf = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+    for sock in (mine, deaf):
+        sock.bind(("127.0.0.1", 0))
+    monitor = PeerMonitor(0, [mine.getsockname(), deaf.getsockname()], b"key", mine)
+    asked: list[int] = []
+    ask = monitor._ask
+    monkeypatch.setattr(monitor, "_ask", lambda others, *rest: (asked.extend(others), ask(others, *rest))[1])
+    monitor._ping()
+    assert asked == [1]
+    assert monitor.latency_s([0, 1]) == math.inf
+    monitor.close()
+    deaf.close()

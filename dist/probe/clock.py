@@ -61,13 +61,7 @@ class Lockstep:
 
     def time(self, work: Callable[[], object], repeats: int) -> list[float]:
         """Seconds of the slowest rank, of each repetition."""
-        taken = []
-        for _ in range(repeats):
-            self.wait()
-            began = now(self.device)
-            work()
-            taken.append(now(self.device) - began)
-        return [max(column) for column in zip(*self.share(taken), strict=True)]
+        return self._time(work, repeats, self.now)
 
     def time_computing(self, work: Callable[[], object], repeats: int) -> list[float]:
         """The same, of work that only computes.
@@ -77,17 +71,20 @@ class Lockstep:
         """
         if self.core_share == 1 or self.device.type == "cuda":
             return self.time(work, repeats)
-        taken = []
-        for _ in range(repeats):
-            self.wait()
-            began = time.process_time()
-            work()
-            taken.append((time.process_time() - began) / self.core_share)
-        return [max(column) for column in zip(*self.share(taken), strict=True)]
+        return self._time(work, repeats, lambda: time.process_time() / self.core_share)
 
     def time_exchange(self, name: str, exchange: Callable[[Channel], object], repeats: int) -> list[float]:
         """The same, of an exchange on the queue, from its submission to the return of wait()."""
         return self.time(lambda: self.queue.submit(name, exchange).wait(), repeats)
+
+    def _time(self, work: Callable[[], object], repeats: int, clock: Callable[[], float]) -> list[float]:
+        taken = []
+        for _ in range(repeats):
+            self.wait()
+            began = clock()
+            work()
+            taken.append(clock() - began)
+        return [max(column) for column in zip(*self.share(taken), strict=True)]
 
 
 def percentile(values: list[float], share: float) -> float:

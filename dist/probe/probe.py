@@ -22,9 +22,9 @@ from thinwire.dist.probe.clock import Lockstep
 from thinwire.dist.probe.codecs import EVERY, compressor_of, measure_codecs
 from thinwire.dist.probe.collectives import fit, sweep
 from thinwire.dist.probe.compute import measure_compute, measure_flops
-from thinwire.dist.probe.contention import contention
 from thinwire.dist.probe.directions import measure_directions
 from thinwire.dist.probe.pairs import measure_pairs
+from thinwire.dist.probe.processor import busy_s_per_byte
 from thinwire.dist.probe.records import CollectiveTime
 from thinwire.dist.task import build_task
 from thinwire.dist.world import World
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from thinwire.dist.config import RunConfig
 
 # What part of the time each measurement gets; the compressors take what they take.
-_PAIRS, _SWEEP, _CONTENTION, _FLOPS, _COMPUTE = 0.2, 0.4, 0.1, 0.05, 0.25
-_AVERAGES = 8  # that fit into the time of the contention, at least
+_PAIRS, _SWEEP, _PROCESSOR, _FLOPS, _COMPUTE = 0.2, 0.4, 0.1, 0.05, 0.25
+_AVERAGES = 8  # that fit into the time of the processor, at least
 _LEAST_UTILISATION = 1e-6
 
 
@@ -72,11 +72,11 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     levels = _levels(world, sweeps)
     clock.lap("collectives")
     reduces = [time for time in sweeps[-1] if time.operation == "all_reduce"]
-    short = [time.size_bytes for time in reduces if time.median_s < _CONTENTION * seconds / _AVERAGES]
+    short = [time.size_bytes for time in reduces if time.median_s < _PROCESSOR * seconds / _AVERAGES]
     size_bytes = max(short, default=reduces[0].size_bytes)
     sent = sum(TwoShotMean(torch.float32).sent_bytes(size_bytes // 4, world.rank, world.size).values())
-    busy_s = contention(lockstep, size_bytes, sent, _CONTENTION * seconds)
-    clock.lap("contention")
+    busy_s = busy_s_per_byte(lockstep, size_bytes, sent, _PROCESSOR * seconds)
+    clock.lap("processor")
     flops = measure_flops(lockstep, _FLOPS * seconds)
     computes: tuple[ComputeSpeed, ...] = ()
     remarks: list[str] = []

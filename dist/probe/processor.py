@@ -9,10 +9,8 @@ import torch
 from thinwire.comm.two_shot import TwoShotMean
 from thinwire.dist.probe.clock import Lockstep
 
-_NEGLIGIBLE_BYTES = 1.0
 
-
-def contention(lockstep: Lockstep, size_bytes: int, sent_bytes: int, seconds: float) -> float:
+def busy_s_per_byte(lockstep: Lockstep, size_bytes: int, sent_bytes: int, seconds: float) -> float:
     """Seconds for which a processor is busy with each byte that a rank sends, and receives; 0 on a GPU. Collective.
 
     Every rank averages tensors over all ranks and computes nothing meanwhile. What the processor spends on that, copies
@@ -22,7 +20,7 @@ def contention(lockstep: Lockstep, size_bytes: int, sent_bytes: int, seconds: fl
         size_bytes: of a tensor. sent_bytes: that this rank sends to average one.
         seconds: for all of it.
     """
-    if lockstep.device.type == "cuda" or lockstep.queue.size == 1:
+    if lockstep.device.type == "cuda":
         return 0.0
     tensor, mean = torch.zeros(size_bytes // 4), TwoShotMean(torch.float32)
     once_s = lockstep.time_exchange("probe/mean", lambda channel: mean(channel, tensor), 2)[-1]
@@ -33,4 +31,4 @@ def contention(lockstep: Lockstep, size_bytes: int, sent_bytes: int, seconds: fl
         lockstep.queue.submit("probe/mean", lambda channel: mean(channel, tensor)).wait()
     spent_s = (time.process_time() - began) / lockstep.core_share
     rows = lockstep.share([spent_s, float(repeats * sent_bytes)])
-    return sum(row[0] for row in rows) / max(_NEGLIGIBLE_BYTES, sum(row[1] for row in rows))
+    return sum(row[0] for row in rows) / sum(row[1] for row in rows)
