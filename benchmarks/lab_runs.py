@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from lab_phases import Phases, steady_step_s
 from peers.environments import EnvironmentFailedError, python_of
 
 from thinwire.comm.units import format_rate
-from thinwire.launch.lab import Lab
+from thinwire.dist.processors import usable_processors
+from thinwire.launch.lab import Lab, why_not_cores
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = HERE.parent / "configs"
@@ -36,6 +39,7 @@ FAST_BPS = 10e9
 """Of links that nobody waits for: where a run learns, and is not timed."""
 NOT_RUN = "has not been run here"
 _POLL_S = 0.02
+_FOR_HOSTS = 0.8  # of this machine's processors
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,37 @@ class Way:
 
 @dataclass(frozen=True)
 class Machine:
-    """The emulated hosts. delay_s: of each path, one way."""
+    """The emulated hosts. delay_s: of each path, one way. places: ranks that could be, each with processors of its own.
+
+    0: those that are.
+    """
 
     hosts: int = 4
     ranks_per_host: int = 1
     delay_s: float = 0.0
+    places: int = 0
+
+    @property
+    def cores_per_rank(self) -> float | None:
+        """Processors of each rank: see own_cores()."""
+        return own_cores(self.places or self.hosts * self.ranks_per_host)
+
+    def lab(self, rate_bps: float) -> Lab:
+        """The hosts, with links of this rate."""
+        return Lab(self.hosts, rate_bps, self.delay_s, 0.0, self.ranks_per_host, self.cores_per_rank)
+
+
+@cache
+def own_cores(ranks: int) -> float | None:
+    """Processors for each of so many ranks; None, and a word about it, where this machine cannot set them apart.
+
+    Hosts that shared them would use those of hosts that wait, so what one way to train is measured to take would depend
+    on what hosts of one's own would never notice. A part is left for the network between the hosts.
+    """
+    if reason := why_not_cores():
+        print(f"the hosts share this machine's processors, and waiting for others costs them less: {reason}")
+        return None
+    return math.floor(100 * _FOR_HOSTS * usable_processors() / ranks) / 100
 
 
 @dataclass(frozen=True)
@@ -71,7 +101,8 @@ class Timing:
     """Steps at one rate. step_s: of rank 0, whole periods. period: steps in each.
 
     sent_bytes: payload that rank 0 metered, per step and by level; {} for peers. interface_sent_bytes: of its host.
-    load: runnable threads of the machine in the minute before, to tell a busy machine's figures.
+    load: runnable threads of the machine in the minute before, to tell a busy machine's figures. cores_per_rank:
+    processors that each rank had for itself; None: all shared the machine's.
     """
 
     step_s: tuple[float, ...]
@@ -79,6 +110,7 @@ class Timing:
     sent_bytes: Mapping[str, float]
     interface_sent_bytes: float
     load: float
+    cores_per_rank: float | None = None
 
     @property
     def seconds(self) -> float:
@@ -161,7 +193,8 @@ class LabRuns:
         identity = _identity(way, machine, steps)
         for entry in self._kept:
             if entry["identity"] == identity:
-                return _outcome(entry)
+                found = _outcome(entry)
+                return found if self._known_only else replace(found, timings=_of(machine, found.timings))
         return Outcome()
 
     def forget_errors(self, labels: Iterable[str]) -> None:
@@ -234,7 +267,7 @@ class LabRuns:
         began = time.monotonic()
         error = ""
         code: int | None = None
-        lab = Lab(machine.hosts, phases.rate_bps or FAST_BPS, machine.delay_s, ranks_per_host=machine.ranks_per_host)
+        lab = machine.lab(phases.rate_bps or FAST_BPS)
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with lab, (folder / "rank0.log").open("w") as log:
             run = lab.start(command, environment, folder=HERE, output=folder, stdout=log, stderr=log)
@@ -258,8 +291,12 @@ class LabRuns:
             error = f"exit code {code}: {_last_error(folder)}"
         elif error:
             error += f": {_last_error(folder)}"
+        cores = machine.cores_per_rank
         return Outcome(
-            {rate: _timing(tail.records[slice(*place)], way.period, load) for rate, place in phases.timed.items()},
+            {
+                rate: _timing(tail.records[slice(*place)], way.period, load, cores)
+                for rate, place in phases.timed.items()
+            },
             _curve(tail.records) if curve and code == 0 else None,
             tuple(tail.values("loss")[:10]),
             error,
@@ -322,7 +359,7 @@ def _command(way: Way, steps: int, curve: bool, folder: Path) -> tuple[list[str]
     ], folder / "metrics.jsonl"
 
 
-def _timing(records: Sequence[Mapping[str, Any]], period: int, load: float) -> Timing:
+def _timing(records: Sequence[Mapping[str, Any]], period: int, load: float, cores: float | None) -> Timing:
     levels = {level for record in records for level in record.get("sent_bytes_by_level", {})}
     return Timing(
         tuple(record["step_s"] for record in records),
@@ -330,6 +367,7 @@ def _timing(records: Sequence[Mapping[str, Any]], period: int, load: float) -> T
         {level: statistics.mean(r["sent_bytes_by_level"].get(level, 0) for r in records) for level in sorted(levels)},
         statistics.mean(record["interface_sent_bytes"] for record in records),
         round(load, 1),
+        cores,
     )
 
 
@@ -352,21 +390,28 @@ def _last_error(folder: Path) -> str:
 
 
 def _identity(way: Way, machine: Machine, steps: int) -> dict[str, Any]:
-    """All that a run depends on but its links."""
+    """All that what a run learns depends on: not its links, and not how fast its hosts are."""
     content = (CONFIGS / way.config).read_bytes()
     named = replace(way, label="")
-    told = {**asdict(named), **asdict(machine), "steps": steps, "digest": hashlib.sha256(content).hexdigest()[:12]}
+    place = {key: value for key, value in asdict(machine).items() if key != "places"}
+    told = {**asdict(named), **place, "steps": steps, "digest": hashlib.sha256(content).hexdigest()[:12]}
     found: dict[str, Any] = json.loads(json.dumps(told))
     return found
 
 
+def _of(machine: Machine, timings: Mapping[float, Timing]) -> dict[float, Timing]:
+    """Without the seconds of hosts that had other processors."""
+    return {rate: timing for rate, timing in timings.items() if timing.cores_per_rank == machine.cores_per_rank}
+
+
 def _outcome(entry: Mapping[str, Any]) -> Outcome:
     curve = entry["curve"]
+    timings = {
+        float(rate): Timing(**{**timing, "step_s": tuple(timing["step_s"])})
+        for rate, timing in entry["timings"].items()
+    }
     return Outcome(
-        {
-            float(rate): Timing(**{**timing, "step_s": tuple(timing["step_s"])})
-            for rate, timing in entry["timings"].items()
-        },
+        timings,
         Curve(tuple(curve["losses"]), tuple((step, loss) for step, loss in curve["validation"])) if curve else None,
         tuple(entry["first_losses"]),
         entry["error"],

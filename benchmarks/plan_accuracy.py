@@ -27,7 +27,6 @@ from thinwire.comm.units import format_rate, parse_rate
 from thinwire.dist.config import load_config
 from thinwire.dist.plan.cluster import Cluster, load_cluster
 from thinwire.dist.plan.prediction import predict
-from thinwire.launch.lab import Lab
 
 HOSTS = 4
 WITHIN = 0.15
@@ -83,8 +82,7 @@ def probed(folder: Path, machine: Machine, rate_bps: float) -> Cluster:
         print(f"--- probe of {machine.hosts} hosts x {machine.ranks_per_host} at {format_rate(rate_bps)}", flush=True)
         settings = ["world.threads=1", "world.timeout_s=300", "--json", str(path)]
         command = [sys.executable, "-m", "thinwire", "probe", str(CONFIGS / "demo.yaml"), *settings]
-        lab = Lab(machine.hosts, rate_bps, ranks_per_host=machine.ranks_per_host)
-        with lab, Path(os.devnull).open("w") as nowhere:
+        with machine.lab(rate_bps) as lab, Path(os.devnull).open("w") as nowhere:
             run = lab.start(command, output="rank0", stdout=nowhere)
             if code := run.wait(300):
                 raise SystemExit("\n".join([f"the probe failed with exit code {code}", *run.report()]))

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py [--hosts 1 2 4 8] [--rate 100mbit] [--json FILE] [--plot FILE]
 
 Times steps of the GPT of configs/demo.yaml on so many emulated hosts: weak, with 4 sequences per host, and strong, with
-16 in all. The hosts share this machine's processors, so the ideal is not one host's step: it is that of as many hosts
+16 in all. Each host has an equal part of this machine's processors, however many there are. The ideal is as many hosts
 that train models of their own and send nothing. Efficiency = the ideal's seconds per step / the way's. `predicted` is
 what a plan says from one `thinwire probe` of these hosts and the ideal's seconds.
 
@@ -25,8 +25,8 @@ from thinwire.comm.units import format_rate, parse_rate
 from thinwire.dist.config import RunConfig, load_config
 from thinwire.dist.plan.cluster import Cluster, load_cluster
 from thinwire.dist.plan.prediction import compute_digest, predict
-from thinwire.launch.lab import Lab
 
+HOSTS = (1, 2, 4, 8)
 PER_HOST, IN_ALL = 4, 16
 STEPS = 60
 EVERY = 5
@@ -48,7 +48,7 @@ WAYS = (
 
 def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
-    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--hosts", type=int, nargs="+", default=list(HOSTS), help=f"up to {max(HOSTS)}")
     parser.add_argument("--rate", default="100mbit", help="link of each host")
     parser.add_argument("--timed", type=int, default=4, help="steps to time; fewer where they are long")
     parser.add_argument("--only", nargs="*", help="ways whose label contains one of these")
@@ -73,10 +73,15 @@ def main() -> None:
         draw(rows, options.hosts, options.rate, options.plot)
 
 
+def machine(hosts: int) -> Machine:
+    """Of which each host is as fast as any other number of them."""
+    return Machine(hosts=hosts, places=max(HOSTS))
+
+
 def timed(runs: LabRuns, way: Way, hosts: int, batch: int, rate_bps: float) -> float:
     """Seconds per step. Raises SystemExit where a run fails."""
     sized = Way(**{**vars(way), "overrides": (*way.overrides, f"train.global_batch={batch}")})
-    outcome: Outcome = runs.get(sized, Machine(hosts=hosts), STEPS, [rate_bps])
+    outcome: Outcome = runs.get(sized, machine(hosts), STEPS, [rate_bps])
     if outcome.error:
         raise SystemExit(f"{way.label} on {hosts} hosts: {outcome.error}")
     return outcome.timings[rate_bps].seconds
@@ -129,7 +134,7 @@ def probe(folder: Path, hosts: int, rate_bps: float) -> Cluster:
         print(f"--- probe of {hosts} hosts at {format_rate(rate_bps)}", flush=True)
         settings = [f"train.global_batch={PER_HOST * hosts}", "world.threads=1", "--json", str(path)]
         command = [sys.executable, "-m", "thinwire", "probe", str(CONFIGS / "demo.yaml"), *settings]
-        with Lab(hosts, rate_bps) as lab, path.with_suffix(".txt").open("w") as said:
+        with machine(hosts).lab(rate_bps) as lab, path.with_suffix(".txt").open("w") as said:
             run = lab.start(command, output="rank0", stdout=said)
             if code := run.wait(300):
                 raise SystemExit("\n".join([f"the probe failed with exit code {code}", *run.report()]))

@@ -88,6 +88,10 @@ def lab(
     delay: Annotated[str, typer.Option(help="One-way delay between hosts: 20ms.")] = "0",
     loss: Annotated[str, typer.Option(help="Share of frames lost between hosts: 0.1%.")] = "0",
     ranks_per_host: Annotated[int, typer.Option(help="Ranks on each host, joined without a limit.")] = 1,
+    cores_per_rank: Annotated[
+        float | None,
+        typer.Option(help="Processors of each rank, such as 0.5.", show_default="shared"),
+    ] = None,
     mpi: Annotated[bool, typer.Option("--mpi", help="Start the ranks with one mpirun across the hosts.")] = False,
     output: Annotated[
         str, typer.Option(help="Output of ranks other than 0: all, rank0 (none but 0's), or a folder.")
@@ -107,6 +111,7 @@ def lab(
         delay=delay,
         loss=loss,
         ranks_per_host=ranks_per_host,
+        cores_per_rank=cores_per_rank,
         mpi=mpi,
         output=output,
         grace=grace,

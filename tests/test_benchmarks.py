@@ -7,6 +7,7 @@ import json
 import math
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -118,7 +119,8 @@ def test_runs_are_kept_and_made_again_only_for_what_is_missing(
 
     def run(self: object, way: object, machine: object, steps: int, rates: list[float], curve: bool) -> object:
         asked.append((list(rates), curve))
-        made = {rate: lab_runs.Timing((0.5, 1.5), 2, {"world": 8.0}, 9.0, 0.1) for rate in rates}
+        cores = lab_runs.Machine().cores_per_rank
+        made = {rate: lab_runs.Timing((0.5, 1.5), 2, {"world": 8.0}, 9.0, 0.1, cores) for rate in rates}
         return lab_runs.Outcome(made, lab_runs.Curve((2.0,), ((1, 1.5),)) if curve else None, (2.0,))
 
     monkeypatch.setattr(lab_runs.LabRuns, "_run", run)
@@ -136,6 +138,8 @@ def test_runs_are_kept_and_made_again_only_for_what_is_missing(
     lab_runs.keep_what_was_learned(path, tmp_path / "other" / "runs.json")
     learned = lab_runs.LabRuns(tmp_path / "other" / "runs.json").known(way, machine, 10)
     assert learned == lab_runs.Outcome({}, outcome.curve, (2.0,))
+    elsewhere = replace(machine, places=9)  # hosts with fewer processors: what was learned counts, not the seconds
+    assert lab_runs.LabRuns(path).known(way, elsewhere, 10) == lab_runs.Outcome({}, outcome.curve, (2.0,))
     known = lab_runs.LabRuns(path, known_only=True)
     assert known.get(way, machine, 10, [1e8]).error == ""
     assert known.get(way, machine, 10, [1e7]).error == lab_runs.NOT_RUN

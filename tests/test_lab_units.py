@@ -50,7 +50,16 @@ def test_delays_and_losses() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"hosts": 0}, {"hosts": 255}, {"ranks_per_host": 0}, {"rate_bps": 1.0}, {"delay_s": -1.0}, {"loss": 1.0}]
+    "wrong",
+    [
+        {"hosts": 0},
+        {"hosts": 255},
+        {"ranks_per_host": 0},
+        {"rate_bps": 1.0},
+        {"delay_s": -1.0},
+        {"loss": 1.0},
+        {"cores_per_rank": 0.0},
+    ],
 )
 def test_spec_refuses(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -26,6 +26,7 @@ from thinwire.dist.probe.directions import measure_directions
 from thinwire.dist.probe.pairs import measure_pairs
 from thinwire.dist.probe.processor import busy_s_per_byte
 from thinwire.dist.probe.records import CollectiveTime
+from thinwire.dist.processors import cpu_group, processor_quota, usable_processors
 from thinwire.dist.task import build_task
 from thinwire.dist.world import World
 
@@ -199,11 +200,18 @@ def _memory_bytes(world: World, lockstep: Lockstep) -> float:
 
 
 def _cores_per_rank(lockstep: Lockstep) -> float:
-    own = (os.cpu_count() or 1) / _sharing(lockstep)
+    """What the machine has for each of its ranks; a quota is shared by the ranks of one control group."""
+    group = zlib.crc32(f"{this_host()} {cpu_group()}".encode())
+    quota = processor_quota() / _alike(lockstep, group)
+    own = min((os.cpu_count() or 1) / _sharing(lockstep), usable_processors(), quota)
     return min(row[0] for row in lockstep.share([own]))
 
 
 def _sharing(lockstep: Lockstep) -> int:
     """Ranks on this rank's machine, those in other containers and on other emulated hosts included."""
-    machine = float(zlib.crc32(this_host().boot_id.encode()))
-    return sum(row[0] == machine for row in lockstep.share([machine]))
+    return _alike(lockstep, zlib.crc32(this_host().boot_id.encode()))
+
+
+def _alike(lockstep: Lockstep, digest: int) -> int:
+    """Ranks that give the same."""
+    return sum(row[0] == digest for row in lockstep.share([float(digest)]))

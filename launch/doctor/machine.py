@@ -14,6 +14,7 @@ import psutil
 from thinwire.dist.interface import Interface, interface_named, interface_to, loopback_interface
 from thinwire.dist.mesh import MeshSettings, build_mesh
 from thinwire.dist.place import Place
+from thinwire.dist.processors import processor_quota, usable_processors
 from thinwire.dist.topology import GpuPlace, list_gpus
 from thinwire.launch.doctor.finding import Finding
 from thinwire.launch.doctor.import_probe import ProbeError
@@ -25,9 +26,9 @@ def check_machine() -> Finding:
     """Processor and memory."""
     memory_gb = psutil.virtual_memory().total / 1e9
     cpus = f"{os.cpu_count()} CPUs"
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if usable != os.cpu_count():
-        cpus += f" ({usable} usable by this process)"
+    usable = min(usable_processors(), processor_quota())
+    if usable < (os.cpu_count() or 1):
+        cpus += f" ({usable:g} usable by this process)"
     return Finding("machine", "ok", f"{platform.system()} {platform.machine()}, {cpus}, {memory_gb:.0f} GB memory")
 
 

@@ -7,7 +7,7 @@ from thinwire.launch.lab.control import running_labs
 from thinwire.launch.lab.counters import InterfaceCounters, interface_bytes
 from thinwire.launch.lab.run import Run
 from thinwire.launch.lab.spec import LabError, LabSpec
-from thinwire.launch.lab.why_not import why_not
+from thinwire.launch.lab.why_not import why_not, why_not_cores
 
 __all__ = [
     "InterfaceCounters",
@@ -19,4 +19,5 @@ __all__ = [
     "interface_bytes",
     "running_labs",
     "why_not",
+    "why_not_cores",
 ]

@@ -26,6 +26,7 @@ def main() -> int:
             "command": ["/bin/sh", "-c", " ".join(command)],  # the far side of ssh, too, is a shell
             "env": dict(os.environ),
             "folder": os.getcwd(),
+            "whole_host": True,
         }
         message = connection.request(request, [0, 1, 2])
         while "ended" not in message:

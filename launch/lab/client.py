@@ -87,7 +87,8 @@ class Lab(Links):
     """Hosts on this machine, one network namespace each, joined by links of a given rate, delay and loss.
 
     Imports no torch and forks nothing in this process: a guardian process owns the lab, and ends it when this
-    process ends in whatever way. Traffic between ranks of one host is not limited.
+    process ends in whatever way. Traffic between ranks of one host is not limited. With `cores_per_rank` every process
+    that is started computes at a pace of its own, whatever the others do (control groups, which take root's rights).
 
         with Lab(hosts=4, rate_bps=100e6) as lab:
             code = lab.start(["thinwire", "train", "config.yaml"]).wait()
@@ -103,9 +104,10 @@ class Lab(Links):
         delay_s: float = 0.0,
         loss: float = 0.0,
         ranks_per_host: int = 1,
+        cores_per_rank: float | None = None,
     ) -> None:
         super().__init__(secrets.token_hex(3))
-        self.spec = LabSpec(hosts, rate_bps, delay_s, loss, ranks_per_host)
+        self.spec = LabSpec(hosts, rate_bps, delay_s, loss, ranks_per_host, cores_per_rank)
         self._lifeline: Connection | None = None
         self._guardian: subprocess.Popen[bytes] | None = None
         self._runs: list[Run] = []

@@ -32,6 +32,7 @@ def lab(
     delay: str,
     loss: str,
     ranks_per_host: int,
+    cores_per_rank: float | None,
     mpi: bool,
     output: str,
     grace: str,
@@ -51,6 +52,7 @@ def lab(
             delay_s=parse_delay(delay),
             loss=parse_loss(loss),
             ranks_per_host=ranks_per_host,
+            cores_per_rank=cores_per_rank,
         )
         grace_s = parse_delay(grace, "--grace", limit_s=3600)
         where: Output = output if output in ("all", "rank0") else Path(output)

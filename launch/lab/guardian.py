@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from thinwire.launch.lab import syscalls
+from thinwire.launch.lab import processors, syscalls
 from thinwire.launch.lab.cluster import Cluster
 from thinwire.launch.lab.control import Connection, lab_folder, listen
 from thinwire.launch.lab.spec import LabError, LabSpec
@@ -31,16 +31,21 @@ from thinwire.launch.lab.spec import LabError, LabSpec
 
 @dataclass
 class Task:
-    """A process on a host, and the connection that asked for it."""
+    """A process on a host, the connection that asked for it, and its control group if it has processors of its own."""
 
     process: subprocess.Popen[bytes]
     owner: Connection
+    group: Path | None
 
 
 class Guardian:
     """Serves requests until the process that started the lab is gone or says "end"."""
 
     def __init__(self, folder: Path, spec: LabSpec) -> None:
+        self._spec = spec
+        self._shares: processors.Shares | None = None
+        if spec.cores_per_rank is not None:
+            self._shares = processors.Shares(folder, spec.cores_per_rank, spec.world_size)
         self._cluster = Cluster(folder, spec)
         self._tasks: dict[int, Task] = {}
         self._selector = selectors.DefaultSelector()
@@ -73,7 +78,9 @@ class Guardian:
             try:
                 os.waitpid(-1, 0)
             except ChildProcessError:
-                return
+                break
+        if self._shares is not None:
+            self._shares.close()
 
     def _watch_signals(self) -> None:
         ours, theirs = socket.socketpair()
@@ -134,15 +141,28 @@ class Guardian:
             return self._cluster.describe()
         raise LabError(f"the lab knows no request {do!r}")
 
-    def _start(self, owner: Connection, host: int, command: list[str], env: dict[str, str], folder: str) -> int:
-        """Start `command` on `host` with the three standard descriptors that came along."""
+    def _start(
+        self,
+        owner: Connection,
+        host: int,
+        command: list[str],
+        env: dict[str, str],
+        folder: str,
+        whole_host: bool = False,
+    ) -> int:
+        """Start `command` on `host`, as one rank or for all of them, with the three descriptors that came along."""
         stdin, stdout, stderr = owner.take_fds()
         namespace = self._cluster.host(host)
+        group = None
+        if self._shares is not None:
+            group = self._shares.make(self._spec.ranks_per_host if whole_host else 1)
         guardian_pid = os.getpid()
 
         def enter() -> None:
             syscalls.die_with_parent(guardian_pid)
             signal.set_wakeup_fd(-1)
+            if group is not None:
+                processors.enter(group)
             namespace.enter()
             os.chdir(folder)
 
@@ -162,7 +182,7 @@ class Guardian:
         finally:
             for fd in (stdin, stdout, stderr):
                 os.close(fd)
-        self._tasks[process.pid] = Task(process, owner)
+        self._tasks[process.pid] = Task(process, owner, group)
         return process.pid
 
     def _reap(self) -> None:
@@ -173,6 +193,8 @@ class Guardian:
             pass
         for pid in [pid for pid in self._tasks if self._tasks[pid].process.poll() is not None]:
             task = self._tasks.pop(pid)
+            if self._shares is not None and task.group is not None:
+                self._shares.remove(task.group)
             try:
                 task.owner.send({"ended": pid, "code": task.process.returncode})
             except OSError:

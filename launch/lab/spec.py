@@ -22,7 +22,8 @@ class LabSpec:
 
     hosts: how many; rate_bps: bits per second of every host's link, each direction, None for unlimited;
     delay_s: one-way seconds between two hosts; loss: probability that a frame between two hosts is lost;
-    ranks_per_host: processes started on every host.
+    ranks_per_host: processes started on every host; cores_per_rank: processors that each has for itself, as machines of
+    their own would; None = all share this machine's.
     """
 
     hosts: int = 4
@@ -30,6 +31,7 @@ class LabSpec:
     delay_s: float = 0.0
     loss: float = 0.0
     ranks_per_host: int = 1
+    cores_per_rank: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.hosts <= MAX_HOSTS:
@@ -39,6 +41,8 @@ class LabSpec:
         check_link(self.rate_bps, self.delay_s)
         if not 0 <= self.loss < 1:
             raise ValueError(f"loss: {self.loss} is not a probability in [0, 1)")
+        if self.cores_per_rank is not None and not 0.1 <= self.cores_per_rank <= 1024:
+            raise ValueError(f"cores_per_rank: {self.cores_per_rank} is outside 0.1 to 1024 processors")
 
     @property
     def needs_delay(self) -> bool:
@@ -57,6 +61,8 @@ class LabSpec:
             parts.append(f"{self.delay_s * 1e3:g} ms one way")
         if self.loss:
             parts.append(f"{self.loss:.3%} loss")
+        if self.cores_per_rank is not None:
+            parts.append(f"{self.cores_per_rank:g} processors each rank")
         return ", ".join(parts)
 
     def to_json(self) -> str:

@@ -19,3 +19,13 @@ def why_not(*, delay: bool = False) -> str | None:
             return None
     except LabError as error:
         return str(error)
+
+
+@cache
+def why_not_cores() -> str | None:
+    """None where a lab can give its ranks processors of their own, else the reason and the remedy, in one sentence."""
+    try:
+        with Lab(hosts=1, cores_per_rank=0.1):
+            return None
+    except LabError as error:
+        return str(error)
