@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import given_up_groups
 import numpy as np
 import pytest
 import torch
@@ -103,6 +104,12 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def knows_what_was_given_up() -> Iterator[None]:
+    with given_up_groups.remembered():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     environment = dict(os.environ)
@@ -110,6 +117,7 @@ def leaves_nothing_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     present = {path.name for path in folder.iterdir()}
     threads = torch.get_num_threads()
     yield
+    given_up_groups.end_given_up()
     changed = {k for k in {*environment, *os.environ} if environment.get(k) != os.environ.get(k)}
     changed -= {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}  # pytest's and torch's own doing
     os.environ.clear()

@@ -8,7 +8,6 @@ train: the loss of each step, a digest of its weights, and what it has sent and 
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import zlib
@@ -22,6 +21,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from forked_ranks import fork_ranks
+from given_up_groups import forget_meshes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -199,22 +199,28 @@ def secondary_of(triple: tuple[int, int, int]) -> int | None:
     return triple[0] - 1 if triple[0] else None
 
 
-def train_all(rank: TorchRank) -> dict[str, Any]:
-    queue = rank.queue(timeout_s=60.0)
-    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("world", "node", "pair"))
-    found = {
+def yardsticks(rank: TorchRank) -> dict[str, Any]:
+    """What torch does."""
+    return {
         "ddp/sgd": train_ddp(rank, "sgd", even=False),
         "ddp/adamw": train_ddp(rank, "adamw", even=True),
         "torch/fsdp": train_torch(rank, (8,), even=False),
         "torch/hsdp": train_torch(rank, (2, 4), even=False),
     }
-    for triple in TRIPLES:
-        key = "".join(str(depth) for depth in triple)
-        found[f"{key}/sgd"] = train_partitioned(rank, queue, mesh, triple, "sgd", even=False, secondary=None)
-        found[f"{key}/adamw"] = train_partitioned(
-            rank, queue, mesh, triple, "adamw", even=True, secondary=secondary_of(triple)
-        )
+
+
+def train_triple(rank: TorchRank, triple: tuple[int, int, int]) -> dict[str, Any]:
+    """What one triple does."""
+    queue = rank.queue(timeout_s=60.0)
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("world", "node", "pair"))
+    key, secondary = "".join(str(depth) for depth in triple), secondary_of(triple)
+    found = {
+        f"{key}/sgd": train_partitioned(rank, queue, mesh, triple, "sgd", even=False, secondary=None),
+        f"{key}/adamw": train_partitioned(rank, queue, mesh, triple, "adamw", even=True, secondary=secondary),
+    }
     queue.close()
+    for monitor in rank.monitors:
+        monitor.close()
     return found
 
 
@@ -222,12 +228,17 @@ def run_rank(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=120)
     store = dist.TCPStore("127.0.0.1", port, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timeout)
     levels = build_levels(NAMES, SIZES, range(RANKS), rank=rank)
-    found = train_all(TorchRank(rank, RANKS, store, levels))
+    found: dict[str, Any] = {}
+    for number, work in enumerate([yardsticks, *(partial(train_triple, triple=triple) for triple in TRIPLES)]):
+        # Groups of their own, that end with them: each has a thread that wakes up a hundred times a second.
+        own = dist.PrefixStore(str(number), store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=RANKS, timeout=timeout)
+        found |= work(TorchRank(rank, RANKS, own, levels))
+        dist.barrier()
+        forget_meshes()
+        dist.destroy_process_group()
     (folder / f"{rank}.json").write_text(json.dumps(found))
-    gc.collect()
-    dist.barrier()
 
 
 if __name__ == "__main__":

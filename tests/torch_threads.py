@@ -6,7 +6,6 @@ switches do it here, around real gloo groups. The only place that touches them.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from given_up_groups import forget_meshes
 from torch._C._distributed_c10d import _set_thread_isolation_mode
 from torch.distributed import HashStore, PrefixStore, ProcessGroup, Store
 from torch.testing._internal.distributed.multi_threaded_pg import ThreadLocalWorld
@@ -83,7 +83,7 @@ def run_torch_ranks(
         except BaseException as error:
             outcomes[rank] = error
         finally:
-            gc.collect()
+            forget_meshes()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
