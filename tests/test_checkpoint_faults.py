@@ -18,9 +18,11 @@ import torch
 from thinwire.dist.checkpoint import Checkpointer, CheckpointError, CheckpointSettings, Loaded
 
 # A process that has imported torch already forks a child for each script: milliseconds instead of seconds.
+# Both write to one pipe: by whole lines, also where PYTHONUNBUFFERED would have print() write word by word.
 FORK_SERVER = """
 import json, os, sys
 import torch, thinwire.dist.checkpoint
+sys.stdout = open(1, "w", closefd=False)
 for line in sys.stdin:
     script, arguments = json.loads(line)
     child = os.fork()

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from thinwire.launch.lab import Lab, LabError, Run, why_not
@@ -235,6 +236,11 @@ def test_one_mpirun_across_the_hosts(tmp_path: Path) -> None:
     errors = tmp_path / "errors"  # mpirun warns there, on a busy machine, that a child was faster than its parent
     with Lab(hosts=3, ranks_per_host=2, rate_bps=1e9) as lab, log.open("w") as file, errors.open("w") as stderr:
         run = lab.start_mpi(["sh", "-c", script], stdout=file, stderr=stderr)
-        assert run.wait(60) == 0, errors.read_text()
+        try:
+            code = run.wait(60)
+        except TimeoutError as late:
+            alive = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+            pytest.fail(f"{late}; {log.read_text()!r}; {errors.read_text()!r}; {alive}")
+        assert code == 0, errors.read_text()
     lines = sorted(line for line in log.read_text().splitlines() if line)
     assert lines == [f"rank {rank} on host{rank // 2} lab=" for rank in range(6)]

@@ -15,7 +15,7 @@ from triton_interpreter import INTERPRETING
 
 from thinwire.kernels.triton_kernel import TritonKernel, triton_is_installed
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_90", "sm_100", "gfx942")
 
 needs_compiler = pytest.mark.skipif(
     not triton_is_installed() or INTERPRETING,
