@@ -4,8 +4,8 @@
 
 Four emulated hosts. For each link `thinwire probe` measures once, of the demo's model: links, compressors, computing.
 From that and each method's settings comes the foretold step; the measured one is the median of the steady steps of a
-run in the lab, on the same machine. The ratio is foretold / measured. A probe or a run that
-is there is not made again.
+run in the lab, on the same machine, each rank with processors of its own. The ratio is foretold / measured. A probe or
+a run (time_to_loss.py keeps them) that is there is not made again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from lab_runs import CONFIGS, LabRuns, Machine, Way
 from runner import Row, arguments, report
-from time_to_loss import STEPS
+from time_to_loss import KEPT, STEPS
 from time_to_loss_ways import DDP, OURS, Contender
 
 from thinwire.comm.units import format_rate, parse_rate
@@ -37,8 +37,6 @@ WAYS = (
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 PROBES = RESULTS / "probes"
-KEPT = RESULTS / "plan_runs.json"
-"""Runs of the machine that the probes are of; their losses are those of time_to_loss.py."""
 
 
 @dataclass(frozen=True)

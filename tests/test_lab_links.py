@@ -231,7 +231,13 @@ def test_one_mpirun_across_the_hosts(tmp_path: Path) -> None:
         pytest.skip(str(error))
     if subprocess.run([found, "--version"], capture_output=True, check=False).returncode:
         pytest.skip(f"{found} does not even say its version")
-    script = "echo rank ${OMPI_COMM_WORLD_RANK:-$PMI_RANK} on $(hostname) lab=$THINWIRE_LAB"
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    # Ranks of MPI meet. Open MPI's daemons may wait for ever for one that ends while others have yet to be started.
+    script = (
+        "rank=${OMPI_COMM_WORLD_RANK:-$PMI_RANK}; echo rank $rank on $(hostname) lab=$THINWIRE_LAB; "
+        f": > {meeting}/$rank; until [ $(ls {meeting} | wc -l) = 6 ]; do sleep 0.05; done"
+    )
     log = tmp_path / "log"
     errors = tmp_path / "errors"  # mpirun warns there, on a busy machine, that a child was faster than its parent
     with Lab(hosts=3, ranks_per_host=2, rate_bps=1e9) as lab, log.open("w") as file, errors.open("w") as stderr:
