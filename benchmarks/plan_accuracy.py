@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lab_runs import CONFIGS, LabRuns, Machine, Way
+from lab_machine import Machine
+from lab_runs import CONFIGS, LabRuns, Way
 from runner import Row, arguments, report
 from time_to_loss import KEPT, STEPS
 from time_to_loss_ways import DDP, OURS, Contender

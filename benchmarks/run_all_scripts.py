@@ -101,6 +101,7 @@ PARTS = {
     "balance_specialisation_run": "part of balance_specialisation.py",
     "gossip_straggler_host": "a rank of gossip_straggler.py",
     "gossip_tasks": "what the machines of gossip's benchmarks learn",
+    "lab_machine": "part of lab_runs.py",
     "lab_phases": "part of lab_runs.py",
     "lab_runs": "runs that several benchmarks compare",
     "partition_host": "a rank of the benchmarks of partition",

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lab_runs import CONFIGS, LabRuns, Machine, Outcome, Way
+from lab_machine import Machine
+from lab_runs import CONFIGS, LabRuns, Outcome, Way
 from runner import Row, arguments, report
 
 from thinwire.comm.units import format_rate, parse_rate

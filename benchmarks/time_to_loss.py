@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lab_runs import NOT_RUN, Curve, LabRuns, Machine, Outcome
+from lab_machine import Machine
+from lab_runs import NOT_RUN, Curve, LabRuns, Outcome
 from runner import Row, arguments, report
 from time_to_loss_plot import draw
 from time_to_loss_ways import DDP, LIMITS_S, OURS, PEERS, Contender

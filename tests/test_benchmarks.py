@@ -119,12 +119,12 @@ def test_runs_are_kept_and_made_again_only_for_what_is_missing(
 
     def run(self: object, way: object, machine: object, steps: int, rates: list[float], curve: bool) -> object:
         asked.append((list(rates), curve))
-        cores = lab_runs.Machine().cores_per_rank
+        cores = module("lab_machine").Machine().cores_per_rank
         made = {rate: lab_runs.Timing((0.5, 1.5), 2, {"world": 8.0}, 9.0, 0.1, cores) for rate in rates}
         return lab_runs.Outcome(made, lab_runs.Curve((2.0,), ((1, 1.5),)) if curve else None, (2.0,))
 
     monkeypatch.setattr(lab_runs.LabRuns, "_run", run)
-    path, way, machine = tmp_path / "kept" / "runs.json", lab_runs.Way("one"), lab_runs.Machine()
+    path, way, machine = tmp_path / "kept" / "runs.json", lab_runs.Way("one"), module("lab_machine").Machine()
     lab_runs.LabRuns(path).get(way, machine, 10, [1e9])
     again = lab_runs.LabRuns(path)
     outcome = again.get(way, machine, 10, [1e9, 1e8], curve=True)
@@ -149,7 +149,9 @@ def test_runs_are_kept_and_made_again_only_for_what_is_missing(
 def test_a_run_that_makes_no_progress_ends(benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     lab_runs = module("lab_runs")
     monkeypatch.setattr(lab_runs.LabRuns, "_run", lambda *_: lab_runs.Outcome())
-    outcome = lab_runs.LabRuns(tmp_path / "runs.json").get(lab_runs.Way("one"), lab_runs.Machine(), 3, [1e9])
+    outcome = lab_runs.LabRuns(tmp_path / "runs.json").get(
+        lab_runs.Way("one"), module("lab_machine").Machine(), 3, [1e9]
+    )
     assert outcome.error == "the run has too few steps to be timed"
 
 
