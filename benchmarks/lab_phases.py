@@ -5,19 +5,23 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+_PERIODS = 3
+
 
 class Phases:
     """Says when to change the links of a run that goes on, and which of its steps were wholly at which rate.
 
-    The fastest rate comes first, so that what only the first steps do costs little.
+    The slowest rate comes first: a link that becomes slower loses frames, and at gigabits emulated links let frames
+    overtake one another. TCP's windows would stay small for long after both, as on no link of the slower rate.
 
     Args:
         rates: bits per second.
         warm_up_steps: of the run, which do not count.
         period: steps from one synchronisation to the next; only whole periods count.
         settle_steps: that may have begun before a change of the links, which is made as soon as a step was seen to have
-            ended. The last of them did so for some hundredths of a second at most, so it counts where it is a long one.
-        timed_steps: that are enough at a rate. enough_s: so are fewer, once whole periods have taken so long.
+            ended.
+        timed_steps: that are enough at a rate, in three whole periods at least. enough_s: so are fewer, once whole
+            periods have taken so long.
     """
 
     def __init__(
@@ -29,16 +33,13 @@ class Phases:
         settle_steps: int = 1,
         timed_steps: int = 6,
         enough_s: float = 10.0,
-        long_s: float = 2.0,
     ) -> None:
-        self._rates = sorted(set(rates), reverse=True)
+        self._rates = sorted(set(rates))
         self._period = period
         self._settle_steps = settle_steps
-        self._wanted = -(-timed_steps // period) * period
+        self._wanted = max(_PERIODS, -(-timed_steps // period)) * period
         self._enough_s = enough_s
-        self._long_s = long_s
         self._first = warm_up_steps
-        self._in_doubt = False  # whether the first step is the last that may have begun before the change
         self.timed: dict[float, tuple[int, int]] = {}
 
     @property
@@ -50,16 +51,12 @@ class Phases:
         """Take in the seconds of all steps that have ended; returns whether the links must now change."""
         if self.rate_bps is None:
             return False
-        if self._in_doubt and len(step_s) > self._first:
-            self._first += step_s[self._first] < self._long_s
-            self._in_doubt = False
         clean = step_s[self._first :]
         whole = len(clean) // self._period * self._period
         if not whole or (whole < self._wanted and sum(clean[:whole]) < self._enough_s):
             return False
         self.timed[self.rate_bps] = (self._first, self._first + whole)
-        self._in_doubt = self._period == 1 and self._settle_steps > 0
-        self._first = len(step_s) + self._settle_steps - self._in_doubt
+        self._first = len(step_s) + self._settle_steps
         return True
 
 

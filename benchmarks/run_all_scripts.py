@@ -28,8 +28,8 @@ SCRIPTS = (
     # The headline, and the system as a whole. The losses are those that the repository has, the seconds are new.
     Script(
         "time_to_loss",
-        ("--keep", RUNS, "--rates", "1gbit", "100mbit", "30mbit", "--timed", "3"),
-        800,
+        ("--keep", RUNS, "--rates", "100mbit", "--timed", "3"),
+        1000,
         ("--keep", RUNS, "--rates", "100mbit", "--timed", "3", "--only", "low rank 16", "PowerSGD"),
         110,
         plots=True,

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch.optim import Optimizer
 
-from thinwire.comm.forecast import DETECTED, Coding, Exchange, Forecast, Seat, When
+from thinwire.comm.compress.compressors.dense import Dense
+from thinwire.comm.forecast import DETECTED, Coding, Exchange, Forecast, Seat, When, codec_label
 from thinwire.comm.partition.gather import OPERATION
 from thinwire.comm.partition.levels import Levels, build_levels
 from thinwire.comm.partition.memory import KeptUnit, states_bytes, sum_memory
@@ -226,7 +227,10 @@ class _Part:
         )
 
     def _coding(self, kind: str, encoded: int, decoded: int) -> tuple[Coding, ...]:
-        """By the compressor that writes the same codes, handled as by method compress; else it takes no time."""
-        if kind in ("same", "fp32") or not encoded + decoded:
+        """By the compressor that writes the same codes, all elements handled as by method compress."""
+        if not encoded + decoded:
             return ()
-        return (Coding(json.dumps({"kind": kind}), encoded, decoded, handled=encoded),)
+        handled = max(encoded, decoded)
+        if kind in ("same", "fp32"):
+            return (Coding(codec_label(Dense()), 0, 0, encodes=0, decodes=0, handled=handled),)
+        return (Coding(json.dumps({"kind": kind}), encoded, decoded, handled=handled),)

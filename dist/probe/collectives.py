@@ -76,14 +76,16 @@ def _sizes(
 ) -> list[CollectiveTime]:
     """Sizes from small to large, while there is time left for the next one; all ranks decide alike.
 
-    An all-reduce goes on until its slices are exchanged in rounds, in any case: that is another link, nearly.
+    An all-reduce goes on in any case while it is short, and until its slices are exchanged in rounds: small messages
+    tell little of how fast large ones are.
     """
-    began, size_bytes, expected_s = time.monotonic(), _FIRST_BYTES, 0.0
+    began, size_bytes, expected_s, fastest_s = time.monotonic(), _FIRST_BYTES, 0.0, 0.0
     times: list[CollectiveTime] = []
     while size_bytes <= _LAST_BYTES:
         left_s = seconds - lockstep.slowest(time.monotonic() - began)
-        enough = operation != "all_reduce" or is_worth_rounds(size_bytes // _GROWTH // len(group))
-        if enough and times and left_s < _FEWEST * expected_s:
+        in_rounds = is_worth_rounds(size_bytes // _GROWTH // len(group))
+        goes_on = operation == "all_reduce" and (expected_s < _LONG_S or not in_rounds)
+        if times and not goes_on and left_s < _FEWEST * expected_s:
             break
         work = _exchange(operation, size_bytes, group, lockstep.device)
         name = f"probe/{operation}"
@@ -103,7 +105,9 @@ def _sizes(
                 p90_s=percentile(taken, 0.9),
             )
         )
-        expected_s = _GROWTH * min(taken)  # a moment in which the machine was busy elsewhere does not end it
+        # Of the fastest: a moment in which the machine was busy elsewhere does not end it. Latency does not grow.
+        grown_s, fastest_s = max(0.0, min(taken) - fastest_s), min(taken)
+        expected_s = min(_GROWTH * fastest_s, fastest_s + _GROWTH * grown_s)
         size_bytes *= _GROWTH
     return times
 
