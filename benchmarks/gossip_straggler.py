@@ -59,6 +59,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ASYNCHRONOUS), help="asynchronous algorithms")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw loss against seconds there")
     options = parser.parse_args()
+    if options.steps < KEEP_EVERY:
+        parser.error(f"--steps: {options.steps}; at least {KEEP_EVERY}, since each {KEEP_EVERY} steps have a loss")
+    if unknown := set(options.only) - set(ASYNCHRONOUS):
+        parser.error(f"--only: {min(unknown)!r} is none of {', '.join(ASYNCHRONOUS)}")
     rows: list[Row] = []
     curves: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for hosts in options.hosts:

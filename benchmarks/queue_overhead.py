@@ -27,11 +27,13 @@ from thinwire.dist.engine.ddp import wrap_ddp
 from thinwire.dist.models import build_model
 from thinwire.dist.world import WorldSettings
 
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "gpt_3m.yaml"
+
 
 def main() -> None:
     parser = arguments(str(__doc__).splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2, help="processes on this machine")
-    parser.add_argument("--config", type=Path, default=Path("configs/gpt_3m.yaml"), help="whose model and buckets")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="whose model and buckets")
     parser.add_argument("--sequences", type=int, default=8, help="batch of one rank")
     parser.set_defaults(threads=1)
     options = parser.parse_args()
