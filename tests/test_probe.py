@@ -25,6 +25,7 @@ from thinwire.dist.plan.cluster import Cluster, CodecSpeed, LinkLevel, load_clus
 from thinwire.dist.plan.exchange_time import taken_s
 from thinwire.dist.plan.prediction import predict
 from thinwire.dist.probe import codecs as codecs_module
+from thinwire.dist.probe import collectives as collectives_module
 from thinwire.dist.probe import probe as probe_module
 from thinwire.dist.probe.clock import Lockstep, percentile
 from thinwire.dist.probe.codecs import EVERY, compressor_of
@@ -91,6 +92,39 @@ def test_latency_and_rate_are_found_again() -> None:
     assert no_latency.bps > 0
     with pytest.raises(ValueError, match="1 sizes"):
         fit([all_reduce(4096, 1e-3)], sent_bytes)
+
+
+class ForetoldTimes:
+    """Stands in for Lockstep: a collective takes as long as an alpha-beta model says. `work` is its size in bytes."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, latency_s: float, bytes_per_s: float) -> None:
+        self._latency_s, self._bytes_per_s = latency_s, bytes_per_s
+
+    def slowest(self, seconds: float) -> float:
+        return seconds
+
+    def time_exchange(self, name: str, work: int, repeats: int) -> list[float]:
+        return [self._latency_s + work / self._bytes_per_s] * repeats
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "bytes_per_s", "largest_bytes"),
+    [
+        (0.03, 3e7, 1 << 22),  # of which four times as much is expected to take 0.6 s
+        (0.3, 1e4, 1 << 18),  # long from the first on; from here the slices are exchanged in rounds
+        (0.0, 1e12, 1 << 26),
+    ],
+)
+def test_all_reduces_go_on_while_they_are_short(
+    latency_s: float, bytes_per_s: float, largest_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collectives_module, "_exchange", lambda operation, size_bytes, group, device: size_bytes)
+    lockstep: Any = ForetoldTimes(latency_s, bytes_per_s)
+    times = collectives_module.sweep(lockstep, "world", range(8), 0.0)
+    assert max(time.size_bytes for time in times if time.operation == "all_reduce") == largest_bytes
+    assert {time.size_bytes for time in times if time.operation != "all_reduce"} == {1 << 12}  # no time was given
 
 
 @pytest.mark.parametrize(
