@@ -202,6 +202,29 @@ def test_partition_sends_and_keeps_what_is_foretold(row: Row, sizes: tuple[int, 
     run_torch_ranks(sizes, work)
 
 
+def test_partition_handles_whole_units_in_fp32_too() -> None:
+    """In a sum as in a gather, what the three ranks send together is the unit, to two ranks each."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 5))
+    forecasts = [
+        forecast_partition(
+            PartitionSettings.model_validate(options_of(PARTITIONS["partition-fp32"])),
+            unit_shapes(model, [model[0]]),
+            seat_of([("world", 3)], rank),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            names={id(p): name for name, p in model.named_parameters()},
+        )
+        for rank in range(3)
+    ]
+    assert forecasts[0].exchanges
+    for same in zip(*(forecast.exchanges for forecast in forecasts), strict=True):
+        unit_numel = sum(exchange.sent_bytes["world"] for exchange in same) / 4 / 2
+        for exchange in same:
+            (coding,) = exchange.coding
+            assert (coding.codec, coding.encoded, coding.decoded) == ('{"kind": "none"}', 0, 0)
+            assert coding.handled == unit_numel
+
+
 OWN_PACE: list[dict[str, Any]] = [
     {"graph": "ring", "algorithm": "ad_psgd"},
     {"algorithm": {"kind": "modest", "sample": 3, "aggregators": 2, "local_steps": 5}},

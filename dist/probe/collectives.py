@@ -83,8 +83,8 @@ def _sizes(
     times: list[CollectiveTime] = []
     while size_bytes <= _LAST_BYTES:
         left_s = seconds - lockstep.slowest(time.monotonic() - began)
-        in_rounds = is_worth_rounds(size_bytes // _GROWTH // len(group))
-        goes_on = operation == "all_reduce" and (expected_s < _LONG_S or not in_rounds)
+        was_in_rounds = is_worth_rounds(size_bytes // _GROWTH // len(group))
+        goes_on = operation == "all_reduce" and (expected_s < _LONG_S or not was_in_rounds)
         if times and not goes_on and left_s < _FEWEST * expected_s:
             break
         work = _exchange(operation, size_bytes, group, lockstep.device)
