@@ -49,7 +49,7 @@ SCRIPTS = (
     ),
     Script("two_shot", ("--repeats", "2", "--most", "0.6"), 100),
     Script("queue_overhead", ("--repeats", "7"), 45),
-    Script("lab_accuracy", ("--repeats", "2"), 75, ("--repeats", "1"), 45),
+    Script("lab_accuracy", ("--repeats", "2"), 75, ("--repeats", "1"), 60),
     Script("fault_detection", (), 60),
     # Compression.
     Script("payload_bytes", ("--steps", "10"), 40),
@@ -59,7 +59,7 @@ SCRIPTS = (
     # Gossip.
     Script("gossip_faults", ("--rounds", "20"), 45),
     Script("gossip_graphs", ("--trials", "2"), 60),
-    Script("gossip_acid", ("--machines", "16", "--seeds", "1"), 45, ("--machines", "16", "--seeds", "1"), 30),
+    Script("gossip_acid", ("--machines", "16", "--seeds", "1"), 25, ("--machines", "16", "--seeds", "1"), 30),
     Script("gossip_bytes", (), 60),
     Script("gossip_single_merge", ("--seeds", "1", "--only", "mixture-16"), 60, plots=True),
     Script(
@@ -71,7 +71,7 @@ SCRIPTS = (
     Script("gossip_mix", ONE_THREAD, 20, ONE_THREAD_QUICK, 15),
     # Sharding.
     Script("partition_bytes", ("--hosts", "2", "--micro-batches", "1", "--only", "thinwire"), 60, plots=True),
-    Script("partition_difference", ("--steps", "60"), 60, plots=True),
+    Script("partition_difference", ("--steps", "40"), 80, plots=True),
     Script("simulate_frontier", ("--models", "20 B", "--micro-batches", "1", "--no-triples"), 45, plots=True),
     Script("simulate_calibration", ("--steps", "5"), 120, plots=True),
     Script("partition_memory", ("--triples", "rank,rank,world", "node,node,world"), 90, plots=True),
