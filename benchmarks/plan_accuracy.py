@@ -36,6 +36,14 @@ WAYS = (
     *OURS,
     Contender("thinwire one byte", config="demo_onebyte.yaml"),
 )
+OF_TWO_LEVELS = tuple(
+    Contender(
+        f"thinwire all-reduce, {dtype} between nodes",
+        (f"method={{kind: allreduce, dtype: {dtype}, exact_within: node}}",),
+    )
+    for dtype in ("fp32", "bf16")
+)
+"""Ways that are others only where hosts have several ranks."""
 RESULTS = Path(__file__).resolve().parent / "results"
 PROBES = RESULTS / "probes"
 
@@ -58,14 +66,14 @@ def main() -> None:
     parser.add_argument("--probes", type=Path, metavar="FOLDER", default=PROBES, help="where the probes are")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw foretold against measured there")
     options = parser.parse_args()
-    ways = [way for way in WAYS if not options.only or any(part in way.label for part in options.only)]
     rates = [parse_rate(rate) for rate in options.rates]
     runs = LabRuns(options.keep)
     rows: list[Row] = []
     for ranks_per_host in options.ranks_per_host:
         machine = Machine(HOSTS, ranks_per_host)
         clusters = {rate: probed(options.probes, machine, rate) for rate in rates}
-        for way in ways:
+        ways = (*WAYS, *(OF_TWO_LEVELS if ranks_per_host > 1 else ()))
+        for way in (way for way in ways if not options.only or any(part in way.label for part in options.only)):
             rows += compare(way, machine, clusters, runs)
     report(str(__doc__).splitlines()[0], rows, device=torch.device("cpu"), path=options.json)
     print(f"\n{summary(rows)}")

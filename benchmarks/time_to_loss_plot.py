@@ -34,10 +34,11 @@ def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Pa
     colors = mpl.colormaps["tab20"].colors
     for axes, (side, own), other in zip(panels, sides.items(), ("peers", "thinwire"), strict=True):
         best = best_of(sides[other])
-        if best:
-            axes.plot(*zip(*best, strict=True), color="0.75", linewidth=7, label=f"best of {NAMES[other]}", zorder=0)
+        if best:  # with a mark, since one rate alone makes no line
+            band = {"color": "0.75", "linewidth": 7, "marker": "o", "markersize": 11, "zorder": 0}
+            axes.plot(*zip(*best, strict=True), label=f"best of {NAMES[other]}", **band)
         if side == "thinwire" and DDP in lines:
-            axes.plot(*zip(*sorted(lines[DDP].items()), strict=True), "--", color="0.3", linewidth=1.5, label=DDP)
+            axes.plot(*zip(*sorted(lines[DDP].items()), strict=True), "--_", color="0.3", markersize=9, label=DDP)
         slowest_mbit = min((min(line) for line in own.values()), default=0.0)
         order = sorted(own, key=lambda label: -own[label].get(slowest_mbit, 0.0))
         for number, label in enumerate(order):

@@ -1,11 +1,13 @@
 """The baseline: DDP's gradients averaged over all ranks, at full or half precision, through a CommQueue."""
 
 # No `from __future__ import annotations` here: DDP reads the hook's annotations and refuses strings.
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.distributed import GradBucket, ProcessGroup
 from torch.futures import Future
@@ -14,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.comm.forecast import Exchange, Forecast, Parameter, Seat
 from thinwire.comm.queue import CommQueue, Pending, open_queue
 from thinwire.comm.settings import Settings
+from thinwire.comm.two_level import Groups, TwoLevelMean
 from thinwire.comm.two_shot import TwoShotMean
 
 WIRE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,19 +24,27 @@ WireDtype = Literal["fp32", "bf16", "fp16"]
 
 
 class AllReduceSettings(Settings):
-    """`method: {kind: allreduce, dtype: bf16}`: what crosses the wire is the gradient, in this dtype."""
+    """`method: {kind: allreduce, dtype: bf16}`: what crosses the wire is the gradient, in this dtype.
+
+    exact_within: name of a level of the mesh, such as node: its ranks average in fp32 first, so that each link between
+      groups carries the gradient once and not once for each rank; null averages among all ranks at once.
+    """
 
     kind: Literal["allreduce"] = "allreduce"
     dtype: WireDtype = "fp32"
+    exact_within: str | None = Field(None, min_length=1)
 
 
 class AllReduce:
     """The handle of allreduce(): a comm.method.Method. Keeps no state from step to step."""
 
-    def __init__(self, model: DistributedDataParallel, dtype: WireDtype, queue: CommQueue) -> None:
+    def __init__(
+        self, model: DistributedDataParallel, dtype: WireDtype, queue: CommQueue, groups: Groups | None
+    ) -> None:
         self._queue = queue
         self._group = model.process_group
-        self._mean = TwoShotMean(WIRE_DTYPES[dtype])
+        self._make_mean = functools.partial(make_mean, WIRE_DTYPES[dtype], groups)
+        self._mean = self._make_mean()
         self._pending: list[tuple[Pending[None], Future[Tensor], Tensor]] = []
         self._layout = _first_layout(model)
         self._steps = 0
@@ -98,7 +109,7 @@ class AllReduce:
             future.set_result(buffer)
         layout = [buffer.numel() for _, _, buffer in submitted]
         if max(layout) < max(self._layout):  # the first step has one bucket of all, whose scratch would stay for good
-            self._mean = TwoShotMean(self._mean.wire_dtype)
+            self._mean = self._make_mean()
         self._layout = layout
 
 
@@ -106,6 +117,7 @@ def allreduce(
     model: DistributedDataParallel,
     *,
     dtype: WireDtype = "fp32",
+    exact_within: Sequence[Sequence[int]] | None = None,
     queue: CommQueue | None = None,
     group: ProcessGroup | None = None,
     timeout_s: float = 60.0,
@@ -114,17 +126,19 @@ def allreduce(
 
     g <- cast(1/n * sum_r cast(g_r)): each rank's gradient is rounded to `dtype` for the wire, summed in fp32 in rank
     order, and the mean rounded to `dtype` once. All ranks get the same bits. Unlike torch's bf16_compress_hook it never
-    sums in half precision.
+    sums in half precision. With exact_within the g_r are the means of groups of ranks, which are exact in fp32.
 
     Args:
         model: the wrapped model; its parameters are fp32, bf16 or fp16 and their gradients dense.
         dtype: what crosses the wire: "fp32", "bf16" or "fp16".
+        exact_within: groups of ranks of the queue, such as world.mesh.groups("node"), that average in fp32 first: where
+            several ranks share a link, it carries the gradient once and not once for each.
         queue: CommQueue over the ranks of the model's process group; default: a new one over `group`.
         group: ranks to average over when no queue is given; default: all.
         timeout_s: deadline of one bucket when no queue is given, in seconds.
     Raises:
-        ValueError: not a DDP model, a hook is already there, an unsupported dtype, sparse gradients, or the queue's
-            ranks are not the model's.
+        ValueError: not a DDP model, a hook is already there, an unsupported dtype, sparse gradients, groups that are
+            not of equal size, or the queue's ranks are not the model's.
         PeerLostError, PeerLateError, PeerFailedError: from loss.backward(), when a rank is gone or overdue.
 
     Example:
@@ -138,29 +152,45 @@ def allreduce(
             f"queue: it joins {queue.size} ranks, the model's process group {model.process_group.size()}; "
             "give both the same ranks"
         )
-    return AllReduce(model, dtype, queue)
+    groups = None if exact_within is None else Groups(exact_within)
+    if groups is not None:
+        groups.places(queue.rank, queue.size)
+    return AllReduce(model, dtype, queue, groups)
 
 
-def forecast_allreduce(settings: AllReduceSettings, buckets: Sequence[Sequence[Parameter]], seat: Seat) -> Forecast:
+def make_mean(wire_dtype: torch.dtype, groups: Groups | None) -> TwoShotMean | TwoLevelMean:
+    """The mean over all ranks; `groups`: which of them average exactly first."""
+    return TwoShotMean(wire_dtype) if groups is None else TwoLevelMean(groups, wire_dtype)
+
+
+def forecast_allreduce(
+    settings: AllReduceSettings,
+    buckets: Sequence[Sequence[Parameter]],
+    seat: Seat,
+    *,
+    inner: Sequence[Sequence[int]] | None = None,
+) -> Forecast:
     """What allreduce() will send in a step, without a process.
 
     Args:
         buckets: DDP's, in the order in which backward fills them.
+        inner: the groups of settings.exact_within.
     """
-    mean = TwoShotMean(WIRE_DTYPES[settings.dtype])
+    mean = make_mean(WIRE_DTYPES[settings.dtype], None if inner is None else Groups(inner))
     exchanges = []
     for index, bucket in enumerate(buckets):
-        sent = seat.by_level(mean.sent_bytes(_numel(bucket), seat.rank, seat.size))
-        exchanges.append(
-            Exchange(
-                f"allreduce/bucket{index}",
-                sent,
-                messages=2 * (seat.size - 1),
-                shots=dict.fromkeys(sent, 2),
-                when="backward",
-                needs=tuple(p.name for p in bucket),
+        for sent, shots in _shots(mean, _numel(bucket), seat):
+            by_level = seat.by_level(sent)
+            exchanges.append(
+                Exchange(
+                    f"allreduce/bucket{index}",
+                    by_level,
+                    messages=shots * len(sent),
+                    shots=dict.fromkeys(by_level, shots),
+                    when="backward",
+                    needs=tuple(p.name for p in bucket),
+                )
             )
-        )
     buffers = [mean.scratch_bytes(_numel(b), seat.rank, seat.size, cast=_is_cast(b, mean)) for b in buckets]
     return Forecast(tuple(exchanges), {"buffers": max(buffers, default=0)})
 
@@ -169,11 +199,19 @@ def _hook(state: AllReduce, bucket: GradBucket) -> Future[Tensor]:
     return state._submit(bucket)
 
 
+def _shots(mean: TwoShotMean | TwoLevelMean, numel: int, seat: Seat) -> list[tuple[dict[int, int], int]]:
+    """Parts of one average that come one after another: bytes by receiver, and messages that follow one another."""
+    if isinstance(mean, TwoShotMean):
+        return [(mean.sent_bytes(numel, seat.rank, seat.size), 2)]
+    # What is handed to the group at the end counts with the first part: both use the same links, at different times.
+    return [(part, 2) for part in mean.parts(numel, seat.rank, seat.size) if part]
+
+
 def _numel(bucket: Sequence[Parameter]) -> int:
     return sum(p.numel for p in bucket)
 
 
-def _is_cast(bucket: Sequence[Parameter], mean: TwoShotMean) -> bool:
+def _is_cast(bucket: Sequence[Parameter], mean: TwoShotMean | TwoLevelMean) -> bool:
     return any(p.dtype != mean.wire_dtype for p in bucket)
 
 

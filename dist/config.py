@@ -103,6 +103,12 @@ class RunConfig(Settings):
                 f"engine.kind: {engine} does not train by method {method}, whose engine is {' or '.join(allowed)}; "
                 f"give engine: {{kind: {allowed[0]}}}, or {others}"
             )
+        level = getattr(self.method, "exact_within", None)
+        if engine == "deepspeed" and level is not None:
+            raise ValueError(
+                f"method.exact_within: {level} with engine deepspeed, which reduces by "
+                "engine.gradients; give method.exact_within=null, or engine: {kind: ddp}"
+            )
         return self
 
     @model_validator(mode="after")

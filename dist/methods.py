@@ -86,7 +86,8 @@ def attach(
     """
     match settings:
         case AllReduceSettings():
-            return allreduce(model, dtype=settings.dtype, queue=world.queue)
+            groups = exact_groups(settings.exact_within, world.mesh)
+            return allreduce(model, dtype=settings.dtype, exact_within=groups, queue=world.queue)
         case CompressSettings():
             return enter_compress(
                 model,
@@ -123,7 +124,7 @@ def exact_groups(level: str | None, machine: Mesh | Seat) -> Sequence[Sequence[i
     size = len(groups[0])
     if len(groups) == 1 and size > 1:
         raise ValueError(
-            f"method.exact_within: {level} holds all {size} ranks, so nothing would be compressed; name a faster "
-            "level, give null, or method: {kind: allreduce}"
+            f"method.exact_within: {level} holds all {size} ranks, which leaves nothing to send between groups; "
+            "name a faster level, or give null"
         )
     return groups if size > 1 else None

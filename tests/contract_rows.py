@@ -67,11 +67,13 @@ class Row:
         return self.name
 
 
-def enter_allreduce(dtype: str) -> Enter:
+def enter_allreduce(dtype: str, *, inner: Any = None) -> Enter:
+    """inner: for each size of the world, its groups that average exactly."""
+
     def enter(rank: Rank, queue: CommQueue, model: nn.Module) -> Run:
         ddp = DistributedDataParallel(model, process_group=rank.group, init_sync=False, gradient_as_bucket_view=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
-        method = allreduce(ddp, dtype=dtype, queue=queue)
+        method = allreduce(ddp, dtype=dtype, exact_within=inner[rank.size] if inner else None, queue=queue)
 
         def step(x: Tensor) -> None:
             optimizer.zero_grad()
@@ -229,6 +231,8 @@ METHODS = [
     Row("allreduce-fp32", enter_allreduce("fp32"), lossless=True),
     Row("allreduce-bf16", enter_allreduce("bf16"), lossless=False),
     Row("allreduce-fp16", enter_allreduce("fp16"), lossless=False),
+    Row("allreduce-fp32-in-groups", enter_allreduce("fp32", inner=GROUPS), lossless=True),
+    Row("allreduce-bf16-in-groups", enter_allreduce("bf16", inner=GROUPS), lossless=False),
     compressed("none", "none", "none", lossless=True),
     compressed("bf16-none", "bf16", "none"),
     compressed("fp16-ef", "fp16", "ef"),

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from thinwire.comm import two_shot
 from thinwire.comm.allreduce import allreduce
 from thinwire.comm.method import Method
+from thinwire.comm.two_level import Groups, TwoLevelMean
 from thinwire.comm.two_shot import TwoShotMean, split_evenly
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,6 +78,56 @@ def test_two_shot_mean_is_the_rank_ordered_fp32_sum_rounded_once(
             for r in range(size):
                 total = total + tensor(r, numel).to(wire).float() if r else tensor(r, numel).to(wire).float()
             assert torch.equal(result, (total * (1.0 / size)).to(wire).to(held))
+
+
+def exact_mean(tensors: list[torch.Tensor]) -> torch.Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total * (1.0 / len(tensors))
+
+
+@pytest.mark.parametrize("wire", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [[[0, 1], [2, 3]], [[0, 2], [1, 3]], [[0], [1]], [[0, 1]]], ids=str)
+def test_two_level_mean_is_exact_within_groups_and_rounded_between_them(wire, held, groups: list[list[int]]) -> None:
+    size, numels = sum(map(len, groups)), [0, 1, 5, 1000, 20_000]
+
+    def tensor(rank: int, numel: int) -> torch.Tensor:
+        return torch.randn(numel, generator=torch.Generator().manual_seed(rank)).to(held)
+
+    def work(rank: Rank) -> list[torch.Tensor]:
+        (own,) = (group for group in groups if rank.rank in group)
+        queue = rank.queue(levels=["node" if r in own else "world" for r in range(size)])
+        mean = TwoLevelMean(Groups(groups), wire)
+        results = []
+        for numel in numels:
+            mine = tensor(rank.rank, numel)
+            queue.submit("mean", lambda channel, mine=mine: mean(channel, mine)).wait()
+            results.append(mine)
+        sent = queue.meter.sent_bytes()
+        for level, part in zip(("node", "world"), (0, 1), strict=True):
+            assert sent.get(level, 0) == sum(sum(mean.parts(n, rank.rank, size)[part].values()) for n in numels)
+        assert sum(sent.values()) == sum(sum(mean.sent_bytes(n, rank.rank, size).values()) for n in numels)
+        queue.close()
+        return results
+
+    for results in run_ranks(size, work):
+        for numel, result in zip(numels, results, strict=True):
+            within = [exact_mean([tensor(r, numel).float() for r in group]) for group in groups]
+            mean = exact_mean([x.to(wire).float() for x in within]).to(wire)
+            assert torch.equal(result, mean.to(held))
+
+
+def test_between_groups_each_link_carries_the_gradient_once() -> None:
+    numel, groups = 64_000, [[*range(8)], [*range(8, 16)]]
+    flat, two_level = TwoShotMean(torch.bfloat16), TwoLevelMean(Groups(groups), torch.bfloat16)
+
+    def across(mean: TwoShotMean | TwoLevelMean) -> int:
+        return sum(n for r in groups[0] for to, n in mean.sent_bytes(numel, r, 16).items() if to in groups[1])
+
+    assert across(two_level) == 2 * numel  # half to the other group, half of the means back, of 2 bytes each
+    assert across(flat) == 8 * across(two_level)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -193,6 +244,8 @@ def test_refusals_name_what_to_do() -> None:
             allreduce(wrap(rank, make_model().double()), queue=queue)
         with pytest.raises(ValueError, match=r"0 makes sparse gradients"):
             allreduce(wrap(rank, nn.Sequential(nn.Embedding(4, 4, sparse=True))), queue=queue)
+        with pytest.raises(ValueError, match=r"exact_within: .* name 2 ranks, but the group has 1"):
+            allreduce(wrap(rank, make_model()), exact_within=[[0, 1]], queue=queue)
         model = wrap(rank, make_model())
         method = allreduce(model, queue=queue)
         with pytest.raises(ValueError, match="already has a communication hook"):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,8 @@ def forecast_of(row: Row, run: Run, seat: Seat) -> Forecast:
     buckets = [parameters[::-1]]
     match run.method:
         case AllReduce():
-            settings = AllReduceSettings.model_validate({"dtype": row.name.removeprefix("allreduce-")})
-            return forecast_allreduce(settings, buckets, seat)
+            settings = AllReduceSettings.model_validate({"dtype": row.name.split("-")[1]})
+            return forecast_allreduce(settings, buckets, seat, inner=groups_of(row, seat))
         case CompressedDDP():
             return forecast_compress(
                 run.method.settings,
@@ -120,13 +120,17 @@ def forecast_of(row: Row, run: Run, seat: Seat) -> Forecast:
                 seat,
                 buckets=buckets,
                 bucket_bytes=25 << 20,
-                inner=GROUPS[seat.size] if row.name == "compress-int8-in-groups" else None,
+                inner=groups_of(row, seat),
                 clip_norm=run.method.clip_norm,
             )
         case LocalSGD():
             return forecast_local_sgd(settings_of(run.method), parameters, seat)
         case _:
             raise AssertionError(row.name)
+
+
+def groups_of(row: Row, seat: Seat) -> Sequence[Sequence[int]] | None:
+    return GROUPS[seat.size] if row.name.endswith("-in-groups") else None
 
 
 def before_any(method: Method) -> dict[str, float]:

@@ -147,6 +147,10 @@ def test_a_run_may_change_its_engine(tmp_path: Path) -> None:
     [
         ([TWO_LEVELS, "engine={kind: ddp}"], "engine.kind: ddp does not train by method partition.* give .*fsdp2"),
         (["engine={kind: fsdp2}"], "engine.kind: fsdp2 does not train by method allreduce.* ddp"),
+        (
+            ["method={kind: allreduce, exact_within: node}", "engine={kind: deepspeed}"],
+            "method.exact_within: node with engine deepspeed.* engine.gradients",
+        ),
         (["method={kind: gossip}", "engine={kind: fsdp2}"], "engine: is given, but method gossip"),
         ([TWO_LEVELS, "method.clip_norm=2.0"], "method.clip_norm: is given.* train.clip_norm"),
         ([TWO_LEVELS, "method.weights=bf16"], "method.weights: bf16 .* train.precision=bf16"),

@@ -190,6 +190,20 @@ def test_what_a_run_cannot_be_is_left_out_with_the_reason() -> None:
     assert kinds == {"onebyte", "allreduce", "compress", "local_sgd", "gossip", "partition"}
 
 
+def test_where_ranks_share_a_link_a_plan_offers_to_average_within_a_node_first() -> None:
+    config, nodes = load_config(SMALL), load_cluster(ROOT / "configs" / "clusters" / "two_nodes_8gpu_25gbit.yaml")
+    offered = {one.label: one.config for one in candidates_for(config, nodes)}
+    assert not any("between" in one.label for one in candidates_for(config, load_cluster(BOXES)))
+    flat, two_level = (
+        predict(offered[label], nodes, forged(offered[label], 16))
+        for label in ("all-reduce bf16", "all-reduce bf16 between nodes")
+    )
+    # Of 16 ranks the 8 on the other node get 2/16 of 2 bytes each from every rank; else 1/8 goes to one of them.
+    assert flat.sent_bytes["world"] == pytest.approx(8 * two_level.sent_bytes["world"], rel=1e-3)
+    assert two_level.time.exposed_s < flat.time.exposed_s
+    assert steps_factor(two_level.config) == steps_factor(flat.config)
+
+
 def test_steps_are_as_measured_or_not_known() -> None:
     table = load_steps_table()
     assert (ROOT / table.source).is_file()

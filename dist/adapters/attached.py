@@ -212,15 +212,16 @@ def attach(
                 "that overflows; train in bf16 or fp32"
             )
     queue = world.queue if world is not None else open_queue(model.process_group, timeout_s=timeout_s)
+    groups = exact_groups(inner, world.mesh) if world is not None else None
     device = next(model.parameters()).device
     match settings:
         case AllReduceSettings():
-            method: Method = allreduce(model, dtype=settings.dtype, queue=queue)
+            method: Method = allreduce(model, dtype=settings.dtype, exact_within=groups, queue=queue)
         case CompressSettings():
             method = enter_compress(
                 model,
                 settings,
-                inner=exact_groups(inner, world.mesh) if world is not None else None,
+                inner=groups,
                 clip_norm=clip_norm,
                 scaler=scaler,
                 optimizer=plain,

@@ -51,8 +51,12 @@ def candidates_for(config: RunConfig, cluster: Cluster, kinds: tuple[str, ...] =
 
 def _offers(config: RunConfig, cluster: Cluster) -> Iterator[tuple[str, dict[str, Any]]]:
     """(label, method)."""
-    yield "all-reduce fp32", {"kind": "allreduce", "dtype": "fp32"}
-    yield "all-reduce bf16", {"kind": "allreduce", "dtype": "bf16"}
+    inner = [level.name for level in cluster.levels[:-1] if level.size > 1]
+    for dtype in ("fp32", "bf16"):
+        yield f"all-reduce {dtype}", {"kind": "allreduce", "dtype": dtype}
+        if inner:
+            between = {"kind": "allreduce", "dtype": dtype, "exact_within": inner[-1]}
+            yield f"all-reduce {dtype} between {inner[-1]}s", between
     compressors = {
         "int8": {"kind": "int8"},
         "int4": {"kind": "int4"},
@@ -63,7 +67,6 @@ def _offers(config: RunConfig, cluster: Cluster) -> Iterator[tuple[str, dict[str
     for label, compressor in compressors.items():
         # Clipped after the mean, as all-reduce does it, so that sending overlaps with the backward pass.
         yield label, {"kind": "compress", "compressor": compressor, "clip": "after"}
-    inner = [level.name for level in cluster.levels[:-1] if level.size > 1]
     if inner:
         for label in ("int8", "int4"):
             method = {"kind": "compress", "compressor": compressors[label], "clip": "after", "exact_within": inner[-1]}

@@ -36,7 +36,9 @@ def forecast_gradients(
         case AllReduceSettings() if isinstance(engine, DeepSpeedSettings):
             return _forecast_deepspeed(subject, engine, settings, seat)
         case AllReduceSettings():
-            return _of_replica(subject, forecast_allreduce(settings, subject.buckets, seat))
+            inner = exact_groups(settings.exact_within, seat)
+            forecast = forecast_allreduce(settings, subject.buckets, seat, inner=inner)
+            return _of_replica(subject, _remarking(forecast, settings.exact_within, seat))
         case CompressSettings():
             return _of_replica(subject, _forecast_compress(subject, settings, seat))
         case LocalSGDSettings():
@@ -56,10 +58,14 @@ def _forecast_compress(subject: Subject, settings: CompressSettings, seat: Seat)
         inner=exact_groups(settings.exact_within, seat),
         clip_norm=config.train.clip_norm if settings.clip == "before" else 0.0,
     )
-    if settings.exact_within is not None and seat.size_of(settings.exact_within) == 1:
-        alone = f"method.exact_within: {settings.exact_within} holds one rank here, so every rank sends by itself"
-        forecast = replace(forecast, remarks=(*forecast.remarks, alone))
-    return forecast
+    return _remarking(forecast, settings.exact_within, seat)
+
+
+def _remarking(forecast: Forecast, exact_within: str | None, seat: Seat) -> Forecast:
+    if exact_within is None or seat.size_of(exact_within) > 1:
+        return forecast
+    alone = f"method.exact_within: {exact_within} holds one rank here, so every rank sends by itself"
+    return replace(forecast, remarks=(*forecast.remarks, alone))
 
 
 def _forecast_deepspeed(subject: Subject, engine: DeepSpeedSettings, method: AllReduceSettings, seat: Seat) -> Forecast:

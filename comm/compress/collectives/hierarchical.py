@@ -14,6 +14,7 @@ from thinwire.comm.compress.collective import Collective, Job
 from thinwire.comm.compress.collectives.contribution import are_finite, fill_with_nan, nothing
 from thinwire.comm.compress.collectives.flat import copy_back
 from thinwire.comm.compress.decoded import Decoded, Sparse, add_to
+from thinwire.comm.two_level import Groups
 from thinwire.comm.two_shot import TwoShotMean, split_evenly
 
 
@@ -50,17 +51,16 @@ class Hierarchical:
     feedbacks that are linear in what was sent can be told so; masking by places (dgc) cannot.
 
     Args:
-        hosts: the ranks of each host, ascending; every rank of the channel once, and as many on each host.
+        hosts: the ranks of each host, as Groups has them.
         outer: keeps no state by range: not LowRankMean and not TwoShot(server_error=True).
     Raises:
         ValueError: hosts other than these.
     """
 
     def __init__(self, hosts: Sequence[Sequence[int]], outer: Collective) -> None:
-        self.hosts = [list(host) for host in hosts]
         self.outer = outer
-        _check(self.hosts)
-        self._local = len(self.hosts[0])
+        self._hosts = Groups(hosts)
+        self._local = self._hosts.local_size
         self._inner = TwoShotMean(torch.float32)
 
     def mean(self, channel: Channel, job: Job) -> list[Decoded] | None:
@@ -69,7 +69,7 @@ class Hierarchical:
         Raises:
             ValueError: the ranks of a host have different weights, or the channel has another number of ranks.
         """
-        host, peers = self._places(channel.rank, channel.size)
+        host, peers = self._hosts.places(channel.rank, channel.size)
         inner, between = channel.among(host), channel.among(peers)
         weights = self._weights_of_hosts(job.weights, peers)
         flat = torch.cat([x.flatten() for x in job.inputs])
@@ -118,7 +118,7 @@ class Hierarchical:
         self, shapes: Mapping[str, Sequence[int]], rank: int, size: int
     ) -> tuple[dict[int, int], dict[str, torch.Size], list[int]]:
         """Bytes by receiver within the host; the shapes that go by the outer collective; and among which ranks."""
-        host, peers = self._places(rank, size)
+        host, peers = self._hosts.places(rank, size)
         index, numels = host.index(rank), [torch.Size(shape).numel() for shape in shapes.values()]
         inner = self._inner.sent_bytes(sum(numels), index, self._local)
         names = list(shapes)
@@ -138,22 +138,14 @@ class Hierarchical:
         """As in Collective."""
         return self.outer.merge(states, rank, size)
 
-    def _places(self, rank: int, size: int) -> tuple[list[int], list[int]]:
-        """The ranks of this rank's host, and those that have the same place on their hosts."""
-        if size != self._local * len(self.hosts):
-            raise ValueError(
-                f"hosts: {self.hosts} name {self._local * len(self.hosts)} ranks, but the group has {size}"
-            )
-        (host,) = (host for host in self.hosts if rank in host)
-        return host, sorted(other[host.index(rank)] for other in self.hosts)
-
     def _weights_of_hosts(self, weights: Sequence[float] | None, peers: Sequence[int]) -> list[float] | None:
         if weights is None:
             return None
-        if any(weights[r] != weights[host[0]] for host in self.hosts for r in host):
+        if any(weights[r] != weights[host[0]] for host in self._hosts.members for r in host):
             raise ValueError(
-                f"weights: {list(weights)} differ between ranks of one host ({self.hosts}), whose mean is exact and "
-                "has one weight; use a feedback without weights (not ef21_w or ef21_pp), or compress between all ranks"
+                f"weights: {list(weights)} differ between ranks of one host ({self._hosts.members}), whose mean is "
+                "exact and has one weight; use a feedback without weights (not ef21_w or ef21_pp), or compress between "
+                "all ranks"
             )
         return [weights[r] for r in peers]
 
@@ -197,14 +189,3 @@ class Hierarchical:
                 indices, values = torch.arange(piece.start, piece.stop, device=part.device), part.view(-1)
             contributed[piece.place] = Sparse(numel, indices, values * self._local)
         return contributed
-
-
-def _check(hosts: Sequence[Sequence[int]]) -> None:
-    ranks = sorted(r for host in hosts for r in host)
-    if not ranks or ranks != list(range(len(ranks))) or any(list(host) != sorted(host) for host in hosts):
-        raise ValueError(f"hosts: {list(hosts)}; each rank of the group must be on one host, in ascending order")
-    if len({len(host) for host in hosts}) > 1:
-        raise ValueError(
-            f"hosts: {list(hosts)} have {', '.join(str(len(host)) for host in hosts)} ranks; the hierarchical mean "
-            "needs equally many on each: start the job so, or compress between all ranks"
-        )
