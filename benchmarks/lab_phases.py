@@ -16,7 +16,8 @@ class Phases:
 
     Args:
         rates: bits per second.
-        warm_up_steps: of the run, which do not count.
+        warm_up_steps: of the run, which do not count, nor does its first period: what is sent for the first time opens
+            connections, compiles, and touches memory.
         period: steps from one synchronisation to the next; only whole periods count.
         settle_steps: that may have begun before a change of the links, which is made as soon as a step was seen to have
             ended.
@@ -39,7 +40,7 @@ class Phases:
         self._settle_steps = settle_steps
         self._wanted = max(_PERIODS, -(-timed_steps // period)) * period
         self._enough_s = enough_s
-        self._first = warm_up_steps
+        self._first = warm_up_steps + (period if period > 1 else 0)
         self.timed: dict[float, tuple[int, int]] = {}
 
     @property

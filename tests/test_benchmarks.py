@@ -81,14 +81,14 @@ def test_steps_belong_to_the_rate_that_the_links_had_all_the_while(benchmarks: P
         [1e7, 1e9], warm_up_steps=2, period=2, settle_steps=1, timed_steps=3, enough_s=9.0
     )
     assert phases.rate_bps == 1e7
-    steps = [5.0, 5.0, 5.0]
+    steps = [9.0, 9.0, 9.0, 9.0, 5.0]  # two to warm up, and the first period
     assert not phases.see(steps)
     assert phases.see([*steps, 4.5])  # one period, but it took long enough
-    assert (phases.timed, phases.rate_bps) == ({1e7: (2, 4)}, 1e9)
+    assert (phases.timed, phases.rate_bps) == ({1e7: (4, 6)}, 1e9)
     steps += [4.5, 0.7, 0.1, 0.3, 0.1, 0.3, 0.1]  # the second of these began at the old rate
     assert not phases.see(steps)  # three steps are wanted, and three whole periods
     assert phases.see([*steps, 0.3])
-    assert (phases.timed[1e9], phases.rate_bps) == ((5, 11), None)
+    assert (phases.timed[1e9], phases.rate_bps) == ((7, 13), None)
     assert not phases.see([*steps, 0.3, 1.0])
 
 

@@ -26,7 +26,8 @@ from thinwire.dist.probe.pipelines import measure_handling
 
 _LARGE, _SMALL = 1 << 18, 1 << 12
 _COLUMNS = 256
-_BLOCK_S, _BLOCKS, _MOST_CALLS = 0.02, 2, 200
+_BLOCK_S, _BLOCKS = 0.02, 2
+_FEWEST_CALLS, _MOST_CALLS = 4, 200  # of a block; the first ones find their memory cold
 
 EVERY: tuple[Compressor, ...] = (
     Dense(),
@@ -95,7 +96,7 @@ def _seconds(lockstep: Lockstep, compressor: Compressor, numel: int) -> tuple[fl
 def _per_call(lockstep: Lockstep, work: Callable[[], object]) -> float:
     """Seconds of one call among many, beside which the clock's own are short."""
     first_s = lockstep.time_computing(work, 2)[1]
-    count = max(1, min(_MOST_CALLS, int(_BLOCK_S / max(first_s, 1e-7))))
+    count = max(_FEWEST_CALLS, min(_MOST_CALLS, int(_BLOCK_S / max(first_s, 1e-7))))
 
     def block() -> None:
         for _ in range(count):
