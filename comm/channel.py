@@ -180,12 +180,12 @@ class Channel:
         self._pace.tell(self._members, max(sum(sent), sum(received)), under_way, time.monotonic() - began)
 
     def _exchange_in_rounds(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], under_way_at_most: int) -> None:
-        """In round k every rank sends to rank + k and receives from rank - k: one stream each way on every link."""
+        """One peer to send to and one to receive from in each round: one stream each way for every rank."""
         if outputs[self.rank].data_ptr() != inputs[self.rank].data_ptr():
             outputs[self.rank].copy_(inputs[self.rank])
         under_way: deque[list[Work]] = deque()
         for k in range(1, self.size):
-            target, source = (self.rank + k) % self.size, (self.rank - k) % self.size
+            target, source = _partners(self.rank, self.size, k)
             round_k = []
             if len(outputs[source]):
                 round_k.append(self._group.recv([outputs[source]], self._members[source], _TAG))
@@ -217,6 +217,18 @@ class Channel:
             {self._peers[r]: output_splits[r] * received_row_bytes for r in others},
             time.monotonic() - began,
         )
+
+
+def _partners(rank: int, size: int, k: int) -> tuple[int, int]:
+    """Whom a rank sends to in round k = 1 ... size - 1, and whom it receives from: every other rank once.
+
+    Of 2^m ranks these are pairs, numbers that differ in the bits of k. So where each host has a power of two of them,
+    who are neighbours, either all ranks of a host send across in a round or none does, and its link carries as much in
+    every round that uses it; with rank + k and rank - k it would wait for the host's one rank that crosses alone.
+    """
+    if size & (size - 1) == 0:
+        return rank ^ k, rank ^ k
+    return (rank + k) % size, (rank - k) % size
 
 
 def broadcast_bytes(payload_bytes: int, source: int, rank: int, size: int) -> dict[int, int]:

@@ -28,7 +28,6 @@ from thinwire.dist.probe import codecs as codecs_module
 from thinwire.dist.probe import collectives as collectives_module
 from thinwire.dist.probe import probe as probe_module
 from thinwire.dist.probe.clock import Lockstep, percentile
-from thinwire.dist.probe.codecs import EVERY, compressor_of
 from thinwire.dist.probe.collectives import fit
 from thinwire.dist.probe.pairs import measure_pairs
 from thinwire.dist.probe.probe import Probe, run_probe
@@ -143,13 +142,6 @@ def test_percentile_is_a_value_that_was_measured() -> None:
     assert percentile([7.0], 0.9) == 7
 
 
-def test_every_label_of_a_compressor_names_it_and_others_name_none() -> None:
-    assert [compressor_of(codec_label(compressor)) for compressor in EVERY] == list(EVERY)
-    assert {codec_label(c) for c in EVERY} >= {'{"kind": "int4"}', '{"kind": "bf16"}'}
-    assert compressor_of('{"kind": "something"}') is None
-    assert compressor_of("no JSON") is None
-
-
 @pytest.mark.parametrize("hosts", ["ab", "aab"])
 def test_pairs_fill_the_matrix(hosts: str) -> None:
     def work(rank: Rank) -> Any:
@@ -182,7 +174,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Probe, Path]:
         return found if rank.rank == 0 else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe_module, "EVERY", (tw.Int8(),))
+        patch.setattr(probe_module, "EVERY", (codec_label(tw.Int8()),))
         patch.setattr(codecs_module, "_BLOCK_S", 1e-3)
         found = run_torch_ranks([2, 4], work, names=["node", "world"])[0]
     assert found is not None

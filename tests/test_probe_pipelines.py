@@ -17,7 +17,7 @@ from thinwire.dist.plan.cluster import CodecSpeed
 from thinwire.dist.plan.exchange_time import one_coding_s
 from thinwire.dist.probe import pipelines
 from thinwire.dist.probe.clock import Lockstep
-from thinwire.dist.probe.codecs import EVERY
+from thinwire.dist.probe.codecs import COMPRESSORS
 from thinwire.dist.probe.pipelines import Echo, measure_handling
 
 NOTHING = CodecSpeed(encode_s=0.0, decode_s=0.0)
@@ -58,12 +58,12 @@ def test_every_compressor_is_handled(size: int, monkeypatch: pytest.MonkeyPatch)
 
     def work(rank: Rank) -> list[CodecSpeed]:
         lockstep = Lockstep(rank.queue(), torch.device("cpu"))
-        return [measure_handling(lockstep, compressor, NOTHING) for compressor in EVERY]
+        return [measure_handling(lockstep, compressor, NOTHING) for compressor in COMPRESSORS]
 
     found = run_ranks(size, work)
     assert found == found[:1] * size  # every rank has the slowest one's
     handled = [speed.handle_s + speed.handle_call_s > 0 for speed in found[0]]
-    unequal = [isinstance(compressor, RandK) for compressor in EVERY]  # as many values as do not part equally
+    unequal = [isinstance(compressor, RandK) for compressor in COMPRESSORS]  # as many values as do not part equally
     assert all(a or b for a, b in zip(handled, unequal, strict=True))
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from thinwire.comm.channel import Channel
 from thinwire.comm.compress.collective import Collective, Job
-from thinwire.comm.compress.collectives.contribution import are_finite
 from thinwire.comm.compress.collectives.flat import copy_back, joined
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.contribution_error import ContributionError
@@ -18,6 +17,7 @@ from thinwire.comm.compress.draw import Draw
 from thinwire.comm.compress.feedback import Feedback
 from thinwire.comm.compress.lane import Lane
 from thinwire.comm.compress.routes import Route, is_global
+from thinwire.comm.finite import are_finite
 from thinwire.comm.two_shot import TwoShotMean
 
 

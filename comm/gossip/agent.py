@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from thinwire.comm.errors import OwnWeightsError
+from thinwire.comm.finite import are_finite
 from thinwire.comm.gossip.algorithm import Algorithm, HasCompanion, KeepsStep
 from thinwire.comm.gossip.barrier import barrier
 from thinwire.comm.gossip.begin import tell_newcomers
@@ -246,7 +247,7 @@ class Agent:
             return
         if self.step % self._probe_every == 0:
             weights = self.replica.weights()
-            if bool(weights.isfinite().all()):
+            if are_finite([weights]):
                 self._count(self._probes.sent_bytes())
                 self._probes.publish(self.step, weights)
         self._probes.collect()
@@ -344,7 +345,7 @@ class Agent:
             self.port.send(rank, message)
 
     def _refuse_non_finite(self) -> None:
-        if not bool(self.replica.weights().isfinite().all()):
+        if not are_finite([self.replica.weights()]):
             raise OwnWeightsError(self.port.rank)
 
 

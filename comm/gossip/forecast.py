@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -37,6 +38,8 @@ from thinwire.comm.units import format_bytes
 _MOST_ROWS = 1 << 16  # of mixings that are looked at: rounds times machines
 _UNKNOWN_ROUNDS = 256  # of a run whose length nobody has said
 _MOST_COMPARED = {True: 512, False: 128}  # machines, in rounds or each at its own pace
+HANDLING = json.dumps({"kind": "round", "of": "gossip"})
+"""Label of what a round takes beside sending: reading, checking, mixing and writing weights; see Coding."""
 _MERGE_SHOTS = 8  # a cut and two agreements, two messages each, and the average's two
 
 
@@ -175,7 +178,11 @@ def _rounds(
             dict.fromkeys(levels, 1),
             _when(settings),
             per_step=count * share,
-            coding=tuple(Coding(label, replica.numel, messages * replica.numel) for label in coding),
+            coding=(
+                # One neighbour's message is part of handling a round; those of others are read and added besides.
+                Coding(HANDLING, 0, (messages - 1) * replica.numel, 0, messages - 1, handled=replica.numel),
+                *(Coding(label, replica.numel, messages * replica.numel) for label in coding),
+            ),
             exact=exact and not _varies(settings),
         )
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from thinwire.comm.finite import are_finite
 from thinwire.comm.gossip.replica import ModelReplica, local
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +41,7 @@ class Machine:
         """Whether another shard of this machine is not finite. Collective over the machine's ranks."""
         if self.group is None:
             return False
-        own = not bool(self.replica.weights().isfinite().all())
+        own = not are_finite([self.replica.weights()])
         bad = torch.tensor([float(own)], device=self.replica.device)
         dist.all_reduce(bad, dist.ReduceOp.MAX, group=self.group)
         return bool(bad) and not own

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from thinwire.comm.finite import are_finite
 from thinwire.comm.gossip.barrier import MERGE_STREAM, Serving, agree
 from thinwire.comm.gossip.message import Kind, Message
 from thinwire.comm.gossip.port import Port, Script
@@ -68,7 +69,7 @@ def average_all(
         stream: tells averages apart that may go on at once, 0..15.
     """
     serving = Serving(asked, serve)
-    finite = bool(value.isfinite().all())
+    finite = are_finite([value])
     agreements = MERGE_STREAM + 2 * stream
     for attempt in range(_ATTEMPTS):
         phase = number * 2 * _ATTEMPTS + 2 * attempt

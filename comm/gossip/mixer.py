@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from thinwire.comm.errors import OwnWeightsError
+from thinwire.comm.finite import are_finite
 from thinwire.comm.gossip.codec import Codec
 from thinwire.comm.gossip.message import NON_FINITE, SKIPPED, Kind, Message, no_payload
 from thinwire.comm.gossip.mixing import Mixing
@@ -326,7 +327,7 @@ def refuse_non_finite(
     Raises:
         OwnWeightsError: it has a NaN or an infinity.
     """
-    if bool(value.isfinite().all()):
+    if are_finite([value]):
         return
     for rank in receivers:
         port.send(rank, Message(kind, round, 0.0, stream, SKIPPED | NON_FINITE))

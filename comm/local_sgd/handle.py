@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from thinwire.comm.errors import NonFiniteWeightsError
+from thinwire.comm.finite import are_finite
 from thinwire.comm.local_sgd.exchange import RoundExchange
 from thinwire.comm.local_sgd.outer import Outer
 from thinwire.comm.local_sgd.statistics import Statistics
@@ -209,7 +210,7 @@ class LocalSGD:
 
     def _refuse_round(self) -> NoReturn:
         held = [*self._parameters.values(), *self._statistics.live.values()]
-        mine = torch.tensor([not all(bool(tensor.isfinite().all()) for tensor in held)])
+        mine = torch.tensor([not are_finite(held)])
         told = self._queue.submit("control/local_sgd", lambda channel: channel.all_gather_same(mine)).wait()
         self._go_back()
         self._step_of_round = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from thinwire.comm.finite import are_finite
 from thinwire.comm.queue import CommQueue
 from thinwire.comm.two_shot import TwoShotMean
 
@@ -28,7 +29,7 @@ class Statistics:
             return True
         flat = torch.cat([buffer.reshape(-1).float() for buffer in self.live.values()])
         queue.submit("local_sgd/statistics", lambda channel: self._mean(channel, flat)).wait()
-        if not bool(flat.isfinite().all()):
+        if not are_finite([flat]):
             return False
         for name, mean in zip(self.live, flat.split([b.numel() for b in self.live.values()]), strict=True):
             self.agreed[name].copy_(mean.view_as(self.agreed[name]))

@@ -23,8 +23,10 @@ from thinwire.comm.partition.process_groups import cuts_of
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.traffic import WEIGHTS, Flow, UnitShapes, flows_of, gradient_shard, shard_bytes
 from thinwire.comm.partition.wires.gradients import formats_of
-from thinwire.comm.partition.wires.weights import SameWeights, build_update_wire
+from thinwire.comm.partition.wires.label import wire_label
+from thinwire.comm.partition.wires.weights import build_update_wire
 
+_AS_THEY_ARE = ("same", "fp32")
 _INSIDE_QUEUE = "inside"  # gathers, and the sums of every micro-batch, in the order in which they are needed
 
 
@@ -145,9 +147,8 @@ class _Part:
         own = self.unit.padded_numel(leaves)
         needs = (*self.unit.trained, *self.unit.frozen)
         for flow in reversed(flows):
-            coding = self._coding(
-                self._settings.gather.kind, own * (flow is flows[-1]), own * leaves * (flow is flows[0])
-            )
+            label = wire_label("gather", self._settings.gather)
+            coding = self._coding(label, own * (flow is flows[-1]), own * leaves * (flow is flows[0]))
             yield self._exchange(OPERATION, flow, flow.exchanges, "gather", needs, coding, queue=_INSIDE_QUEUE)
 
     def sums(self, *, inside: bool) -> Iterator[Exchange]:
@@ -158,7 +159,7 @@ class _Part:
         for flow in self._flows:
             if flow.operation == ("reduce" if inside else "reduce_once"):
                 count = encoded[flow.level]
-                coding = self._coding(formats[flow.level].kind, count, count)
+                coding = self._coding(wire_label("gradients", formats[flow.level]), count, count)
                 yield self._exchange(operation, flow, times, "backward", tuple(self.unit.trained), coding, queue=queue)
 
     def updates(self) -> Iterator[Exchange]:
@@ -167,10 +168,9 @@ class _Part:
         if not flows or self._gradients is None:
             return
         own, all_rows = self._gradients.own_numel, self._shard_numel()
-        kind = "int4" if getattr(self._settings.update, "bits", 8) == 4 else "int8"
-        kind = "same" if isinstance(self._settings.update, SameWeights) else kind
+        label = wire_label("update", self._settings.update)
         for flow in reversed(flows):
-            coding = self._coding(kind, own * (flow is flows[-1]), all_rows * (flow is flows[0]))
+            coding = self._coding(label, own * (flow is flows[-1]), all_rows * (flow is flows[0]))
             yield self._exchange(UPDATE, flow, 1, "step", (), coding, queue="main")
 
     def kept(self) -> KeptUnit:
@@ -226,11 +226,11 @@ class _Part:
             queue=queue,
         )
 
-    def _coding(self, kind: str, encoded: int, decoded: int) -> tuple[Coding, ...]:
-        """By the compressor that writes the same codes, all elements handled as by method compress."""
+    def _coding(self, label: str, encoded: int, decoded: int) -> tuple[Coding, ...]:
+        """What an exchange moves in memory takes as long as in method compress; and what its format takes besides."""
         if not encoded + decoded:
             return ()
-        handled = max(encoded, decoded)
-        if kind in ("same", "fp32"):
-            return (Coding(codec_label(Dense()), 0, 0, encodes=0, decodes=0, handled=handled),)
-        return (Coding(json.dumps({"kind": kind}), encoded, decoded, handled=handled),)
+        handling = Coding(codec_label(Dense()), 0, 0, encodes=0, decodes=0, handled=max(encoded, decoded))
+        if json.loads(label)["kind"] in _AS_THEY_ARE:
+            return (handling,)
+        return handling, Coding(label, encoded, decoded, encodes=bool(encoded), decodes=bool(decoded))

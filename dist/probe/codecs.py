@@ -1,4 +1,4 @@
-"""How fast this machine encodes and decodes, by every compressor, while all ranks do."""
+"""How fast this machine encodes and decodes, in every format, while all ranks do."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ from thinwire.comm.compress.compressors.threshold import Threshold
 from thinwire.comm.compress.compressors.top_k import TopK
 from thinwire.comm.compress.decoded import add_to
 from thinwire.comm.compress.draw import Draw
+from thinwire.comm.forecast import codec_label
+from thinwire.comm.gossip.forecast import HANDLING
 from thinwire.dist.plan.cluster import CodecSpeed
+from thinwire.dist.probe import wires
 from thinwire.dist.probe.clock import Lockstep
+from thinwire.dist.probe.gossip_round import measure_round
 from thinwire.dist.probe.pipelines import measure_handling
+from thinwire.dist.probe.wires import Works
 
 _LARGE, _SMALL = 1 << 18, 1 << 12
 _COLUMNS = 256
 _BLOCK_S, _BLOCKS = 0.02, 2
 _FEWEST_CALLS, _MOST_CALLS = 4, 200  # of a block; the first ones find their memory cold
 
-EVERY: tuple[Compressor, ...] = (
+COMPRESSORS: tuple[Compressor, ...] = (
     Dense(),
     BF16(),
     FP16(),
@@ -48,21 +53,29 @@ EVERY: tuple[Compressor, ...] = (
 )
 """One of each kind at least; two of those that methods use in two ways."""
 
+EVERY = (*(codec_label(compressor) for compressor in COMPRESSORS), *wires.EVERY, HANDLING)
+"""Labels of what is timed in any case."""
+
 
 def compressor_of(codec: str) -> Compressor | None:
-    """The compressor that a Coding names; None where it is none that can be measured alone."""
+    """The compressor that a Coding names; None where it is another codec."""
     try:
         return TypeAdapter[Compressor](AnyCompressor).validate_json(codec)
     except ValidationError:
         return None
 
 
-def measure_codecs(lockstep: Lockstep, compressors: Iterable[Compressor]) -> list[CodecSpeed]:
-    """Seconds of the slowest rank, in the better of some blocks of calls. Collective."""
-    speeds = []
-    for compressor in compressors:
-        large = _seconds(lockstep, compressor, _LARGE)
-        small = _seconds(lockstep, compressor, _SMALL)
+def measure_codecs(lockstep: Lockstep, labels: Iterable[str]) -> dict[str, CodecSpeed]:
+    """Seconds of the slowest rank, the better of two blocks of calls, by label; none of unknown ones. Collective."""
+    speeds = {}
+    for label in labels:
+        if label == HANDLING:
+            speeds[label] = measure_round(lockstep)
+            continue
+        works = [_works_of(label, numel, lockstep) for numel in (_LARGE, _SMALL)]
+        if None in works:
+            continue
+        large, small = ([_per_call(lockstep, work) for work in pair] for pair in works if pair is not None)
         per_element = [max(0.0, (a - b) / (_LARGE - _SMALL)) for a, b in zip(large, small, strict=True)]
         per_call = [max(0.0, b - _SMALL * each) for b, each in zip(small, per_element, strict=True)]
         speed = CodecSpeed(
@@ -71,26 +84,26 @@ def measure_codecs(lockstep: Lockstep, compressors: Iterable[Compressor]) -> lis
             encode_call_s=per_call[0],
             decode_call_s=per_call[1],
         )
-        speeds.append(measure_handling(lockstep, compressor, speed))
+        compressor = compressor_of(label)
+        speeds[label] = speed if compressor is None else measure_handling(lockstep, compressor, speed)
     return speeds
 
 
-def _seconds(lockstep: Lockstep, compressor: Compressor, numel: int) -> tuple[float, float]:
-    """Of encoding with error feedback, and of decoding and adding up, a tensor of this size."""
-    device = lockstep.device
+def _works_of(label: str, numel: int, lockstep: Lockstep) -> Works | None:
+    """Encoding with error feedback, and decoding and adding up, of a tensor of this size."""
+    size, device = lockstep.queue.size, lockstep.device
+    compressor = compressor_of(label)
+    if compressor is None:
+        return wires.works_of(label, numel // size * size, size, device)
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(numel, generator=generator).to(device).view(-1, _COLUMNS)
     memory, after, out = torch.zeros_like(gradient), torch.empty_like(gradient), torch.zeros_like(gradient)
     draw = Draw(seed=0, step=0, name="speed", rank=0)
     payload = compressor.encode_with_feedback(gradient, memory, after, draw)  # the first call compiles
-
-    def encode() -> None:
-        compressor.encode_with_feedback(gradient, memory, after, draw)
-
-    def decode() -> None:
-        add_to(out, compressor.decode(payload, gradient.shape, draw))
-
-    return _per_call(lockstep, encode), _per_call(lockstep, decode)
+    return (
+        lambda: compressor.encode_with_feedback(gradient, memory, after, draw),
+        lambda: add_to(out, compressor.decode(payload, gradient.shape, draw)),
+    )
 
 
 def _per_call(lockstep: Lockstep, work: Callable[[], object]) -> float:

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from thinwire.comm.compress.compressor import Compressor
-from thinwire.comm.forecast import Seat, codec_label
+from thinwire.comm.forecast import Seat
 from thinwire.comm.two_shot import TwoShotMean
 from thinwire.dist.host import this_host
-from thinwire.dist.plan.cluster import Cluster, CodecSpeed, ComputeSpeed, Device, LinkLevel, Measured
+from thinwire.dist.plan.cluster import Cluster, ComputeSpeed, Device, LinkLevel, Measured
 from thinwire.dist.plan.forecasts import Subject, forecast_run
 from thinwire.dist.plan.prediction import subject_of
 from thinwire.dist.probe.clock import Lockstep
-from thinwire.dist.probe.codecs import EVERY, compressor_of, measure_codecs
+from thinwire.dist.probe.codecs import EVERY, measure_codecs
 from thinwire.dist.probe.collectives import fit, sweep
 from thinwire.dist.probe.compute import measure_compute, measure_flops
 from thinwire.dist.probe.directions import measure_directions
@@ -81,19 +80,18 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     flops = measure_flops(lockstep, _FLOPS * seconds)
     computes: tuple[ComputeSpeed, ...] = ()
     remarks: list[str] = []
-    wanted: list[Compressor] = list(EVERY)
+    wanted = dict.fromkeys(EVERY)
     utilisation = 0.4
     if config is not None and task is not None:
         computes = (measure_compute(lockstep, config, task, _COMPUTE * seconds),)
         subject = subject_of(config, world.size)
         utilisation = _utilisation(subject, computes[0], flops)
-        more, unknown = _codecs_of(subject, world)
-        wanted += [compressor for compressor in more if compressor not in wanted]
-        remarks += [f"{codec} cannot be measured by itself; a plan takes no time for it" for codec in unknown]
+        wanted |= dict.fromkeys(_codecs_of(subject, world))
     clock.lap("compute")
-    speeds = measure_codecs(lockstep, wanted)
+    codecs = measure_codecs(lockstep, wanted)
+    unknown = [codec for codec in wanted if codec not in codecs]
+    remarks += [f"{codec} cannot be measured by itself; a plan takes no time for it" for codec in unknown]
     sweep_speed = measure_directions(lockstep)
-    codecs: dict[str, CodecSpeed] = {codec_label(c): speed for c, speed in zip(wanted, speeds, strict=True)}
     clock.lap("codecs")
     hosts = tuple(world.hosts[rank] for rank in world.mesh.order)
     cluster = Cluster(
@@ -160,15 +158,12 @@ def _levels(world: World, sweeps: Sequence[Sequence[CollectiveTime]]) -> tuple[L
     return tuple(found)
 
 
-def _codecs_of(subject: Subject, world: World) -> tuple[list[Compressor], list[str]]:
-    """What the run encodes with, and the names of what no compressor does."""
+def _codecs_of(subject: Subject, world: World) -> list[str]:
+    """Labels of what the run encodes with."""
     levels = tuple((level.name, level.size) for level in world.mesh.levels)
     seat = Seat(world.rank, tuple(world.mesh.level_of_peer()), levels)
     forecast = forecast_run(subject, seat)
-    codecs = dict.fromkeys(coding.codec for exchange in forecast.exchanges for coding in exchange.coding)
-    found = {codec: compressor_of(codec) for codec in codecs}
-    known = [compressor for compressor in found.values() if compressor is not None]
-    return known, [codec for codec, compressor in found.items() if compressor is None]
+    return [coding.codec for exchange in forecast.exchanges for coding in exchange.coding]
 
 
 def _utilisation(subject: Subject, speed: ComputeSpeed, flops: float) -> float:

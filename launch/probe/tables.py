@@ -116,8 +116,8 @@ def _levels(cluster: Cluster) -> Table:
 
 def _codecs(cluster: Cluster) -> Table:
     table = Table()
-    for name in ("compressor", "encode", "decode", "handle", "encode call us", "decode call us", "handle call us"):
-        table.add_column(name, justify="left" if name == "compressor" else "right")
+    for name in ("codec", "encode", "decode", "handle", "encode call us", "decode call us", "handle call us"):
+        table.add_column(name, justify="left" if name == "codec" else "right")
     assert cluster.measured is not None
     for codec, speed in cluster.measured.codecs.items():
         settings = json.loads(codec)

@@ -15,7 +15,6 @@ from thinwire.comm.channel import Channel
 from thinwire.comm.compress.collective import Job
 from thinwire.comm.compress.collectives.contribution import (
     Envelope,
-    are_finite,
     fill_with_nan,
     slot_bytes,
 )
@@ -30,6 +29,7 @@ from thinwire.comm.compress.collectives.flat import copy_back
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors.sparse import SparseCompressor, index_bits
 from thinwire.comm.compress.decoded import Decoded, Sparse, add_to, split_decoded
+from thinwire.comm.finite import are_finite
 from thinwire.comm.two_shot import is_worth_rounds
 from thinwire.comm.wire import FLAG_ABSENT, FLAG_NOT_FINITE, Message, PayloadError
 

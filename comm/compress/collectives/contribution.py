@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.decoded import Decoded, Sparse
 from thinwire.comm.compress.draw import Draw
+from thinwire.comm.finite import are_finite
 from thinwire.comm.settings import Settings
 from thinwire.comm.wire import (
     FLAG_ABSENT,
@@ -128,13 +129,6 @@ def decode(compressor: Compressor, payload: Tensor, shape: torch.Size, draw: Dra
     if payload.numel():
         raise PayloadError(f"a payload of {payload.numel()} bytes for a tensor of no elements")
     return torch.empty(0, dtype=torch.float32, device=payload.device)
-
-
-def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no element is NaN or infinite. One fast pass; a sum that overflows takes a second, exact one."""
-    tensors = list(tensors)
-    sums = torch.stack([x.sum() for x in tensors]) if tensors else torch.zeros(1)
-    return bool(sums.isfinite().all()) or all(bool(x.isfinite().all()) for x in tensors)
 
 
 def fill_with_nan(outputs: Sequence[Tensor]) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from thinwire.comm.channel import Channel
 from thinwire.comm.compress.collective import Collective, Job
-from thinwire.comm.compress.collectives.contribution import are_finite, fill_with_nan, nothing
+from thinwire.comm.compress.collectives.contribution import fill_with_nan, nothing
 from thinwire.comm.compress.collectives.flat import copy_back
 from thinwire.comm.compress.decoded import Decoded, Sparse, add_to
+from thinwire.comm.finite import are_finite
 from thinwire.comm.two_level import Groups
 from thinwire.comm.two_shot import TwoShotMean, split_evenly
 

@@ -13,12 +13,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from thinwire.comm.compress.collectives.contribution import are_finite, contribute, decode
+from thinwire.comm.compress.collectives.contribution import contribute, decode
 from thinwire.comm.compress.compressors.sparse import SparseCompressor, written_as
 from thinwire.comm.compress.decoded import Decoded, Sparse, split_decoded
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.compress.index_code import decode_indices, encode_indices
 from thinwire.comm.compress.value_code import decode_values, encode_values
+from thinwire.comm.finite import are_finite
 from thinwire.comm.wire import FLAG_NOT_FINITE, PayloadError, message_bytes
 
 EXTRA_SECTIONS = 2

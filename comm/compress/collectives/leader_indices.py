@@ -14,7 +14,6 @@ from thinwire.comm.channel import Channel, broadcast_bytes
 from thinwire.comm.compress.collective import Job
 from thinwire.comm.compress.collectives.contribution import (
     Envelope,
-    are_finite,
     fill_with_nan,
     slot_bytes,
 )
@@ -27,6 +26,7 @@ from thinwire.comm.compress.compressors.sign import Sign
 from thinwire.comm.compress.compressors.sparse import SparseCompressor, index_bits, kept_count
 from thinwire.comm.compress.decoded import Decoded, Sparse, to_dense
 from thinwire.comm.compress.index_code import decode_indices, encode_indices
+from thinwire.comm.finite import are_finite
 from thinwire.comm.wire import PayloadError, message_bytes
 
 _OF_VALUES: dict[str, Compressor] = {

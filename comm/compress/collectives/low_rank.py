@@ -12,11 +12,12 @@ from torch import Tensor
 
 from thinwire.comm.channel import Channel
 from thinwire.comm.compress.collective import Job
-from thinwire.comm.compress.collectives.contribution import are_finite, fill_with_nan, nothing
+from thinwire.comm.compress.collectives.contribution import fill_with_nan, nothing
 from thinwire.comm.compress.collectives.flat import shaped_like
 from thinwire.comm.compress.compressors.dense import saturating_cast
 from thinwire.comm.compress.compressors.low_rank import FACTOR_DTYPES, LowRank, orthonormalise, random_start
 from thinwire.comm.compress.decoded import Decoded, add_to
+from thinwire.comm.finite import are_finite
 from thinwire.comm.two_shot import TwoShotMean
 
 

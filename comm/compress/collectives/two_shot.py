@@ -14,7 +14,6 @@ from thinwire.comm.channel import Channel
 from thinwire.comm.compress.collective import Job
 from thinwire.comm.compress.collectives.contribution import (
     Envelope,
-    are_finite,
     contribute,
     decode,
     expected_bytes,
@@ -28,6 +27,7 @@ from thinwire.comm.compress.collectives.reduce import mean_of_payloads
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.decoded import Decoded, to_dense
 from thinwire.comm.compress.draw import Draw
+from thinwire.comm.finite import are_finite
 from thinwire.comm.two_shot import is_worth_rounds, split_evenly
 from thinwire.comm.wire import FLAG_NOT_FINITE, Message
 

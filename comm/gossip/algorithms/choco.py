@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors import AnyCompressor
@@ -170,9 +171,9 @@ class Choco(DPSGD):
         if self._guard is not None and "guard" in state:
             self._guard.load_state_dict(state["guard"])
 
-    def _finish(self) -> Script[None]:
+    def _finish(self, weights: Tensor | None = None) -> Script[None]:
         mixed = yield from self._mixer.finish()
-        value = mixed.onto(self._replica.weights())
+        value = mixed.onto(self._replica.weights() if weights is None else weights)
         self._replica.set_weights(value)
         self._under_way = False
         if self._guard is not None and isinstance(self._codec, ChocoCodec):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.codec import Plain
@@ -32,7 +33,7 @@ class DPSGDSettings(AlgorithmSettings):
         """The algorithm of one machine."""
         kind = SymmetricMixer if parts.graph.symmetric else PushMixer
         mixer = kind(parts.port, Plain(WIRE[self.wire]), deadline_s=parts.deadline_s)
-        return DPSGD(parts.replica, parts.port, mixer, overlap=self.overlap)
+        return DPSGD(parts.replica, parts.port, mixer, overlap=self.overlap, rounds_off=self.wire != "fp32")
 
 
 class DPSGD:
@@ -50,13 +51,17 @@ class DPSGD:
     Args:
         mixer: of the rounds; its deadline bounds what a neighbour can delay.
         overlap: combine then adapt.
+        rounds_off: whether what is sent is not quite the weights.
     """
 
-    def __init__(self, replica: Replica, port: Port, mixer: Mixer, *, overlap: bool = False) -> None:
+    def __init__(
+        self, replica: Replica, port: Port, mixer: Mixer, *, overlap: bool = False, rounds_off: bool = True
+    ) -> None:
         self._replica = replica
         self._port = port
         self._mixer = mixer
         self._overlap = overlap
+        self._rounds_off = rounds_off
         self._under_way = False
 
     @property
@@ -77,10 +82,11 @@ class DPSGD:
         if self._under_way:
             yield from self._finish()
         if turn.mixing is not None:
-            self._mixer.begin(turn.round, turn.mixing, self._replica.weights())
+            weights = self._replica.weights()
+            sent = self._mixer.begin(turn.round, turn.mixing, weights)
             self._under_way = True
             if not self._overlap:
-                yield from self._finish()
+                yield from self._finish(weights if self._rounds_off else sent)
 
     def asked(self) -> bool:
         """Never: machines go in rounds."""
@@ -117,7 +123,8 @@ class DPSGD:
     def merged(self) -> None:
         """Nothing to forget."""
 
-    def _finish(self) -> Script[None]:
+    def _finish(self, weights: Tensor | None = None) -> Script[None]:
+        """Args: weights, the present ones, where they are known; what was sent, if they still are just that."""
         mixed = yield from self._mixer.finish()
-        self._replica.set_weights(mixed.onto(self._replica.weights()))
+        self._replica.set_weights(mixed.onto(self._replica.weights() if weights is None else weights))
         self._under_way = False

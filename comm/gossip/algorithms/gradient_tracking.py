@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from thinwire.comm.finite import are_finite
 from thinwire.comm.gossip.algorithm import AlgorithmSettings, Parts
 from thinwire.comm.gossip.algorithms.in_rounds import InRounds, Wire, mixer_of
 from thinwire.comm.gossip.mixer import Mixer
@@ -74,7 +75,7 @@ class GradientTracking(InRounds):
     def before_step(self, turn: Turn) -> Script[None]:
         """Give the optimizer y for the gradient."""
         gradient = self._replica.gradient()[: self._learned]
-        if not bool(gradient.isfinite().all()):
+        if not are_finite([gradient]):
             return  # the optimizer will show it in the weights, which are then not sent; y goes on without it
         change = gradient if self._gradient is None else gradient - self._gradient
         if self.mass != 1.0:
