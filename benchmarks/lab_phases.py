@@ -33,7 +33,7 @@ class Phases:
         period: int = 1,
         settle_steps: int = 1,
         timed_steps: int = 6,
-        enough_s: float = 10.0,
+        enough_s: float,
     ) -> None:
         self._rates = sorted(set(rates))
         self._period = period

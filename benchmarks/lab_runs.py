@@ -36,6 +36,7 @@ FAST_BPS = 10e9
 """Of links that nobody waits for: where a run learns, and is not timed."""
 NOT_RUN = "has not been run here"
 _POLL_S = 0.02
+_ENOUGH_S, _VARIED_ENOUGH_S, _VARIED_PERIODS = 10.0, 100.0, 6
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Way:
     overrides: key.path=value; a peer takes those that say what is trained.
     environment: of the peer, a name that peers/environments.py knows; "" = the one that this runs in.
     config: file in configs/. warm_up_steps: dense or otherwise unlike the others, so not part of the time per step.
-    period: steps from one synchronisation to the next.
+    period: steps from one synchronisation to the next. varies: whether these are not alike, as where partners change:
+    then many are timed, and their mean counts.
     """
 
     label: str
@@ -55,6 +57,7 @@ class Way:
     config: str = "demo.yaml"
     warm_up_steps: int = 2
     period: int = 1
+    varies: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Timing:
 
     sent_bytes: payload that rank 0 metered, per step and by level; {} for peers. interface_sent_bytes: of its host.
     load: runnable threads of the machine in the minute before, to tell a busy machine's figures. cores_per_rank:
-    processors that each rank had for itself; None: all shared the machine's.
+    processors that each rank had for itself; None: all shared the machine's. varies: as Way has it.
     """
 
     step_s: tuple[float, ...]
@@ -72,11 +75,12 @@ class Timing:
     interface_sent_bytes: float
     load: float
     cores_per_rank: float | None = None
+    varies: bool = False
 
     @property
     def seconds(self) -> float:
         """Per step."""
-        return steady_step_s(self.step_s, self.period)
+        return statistics.mean(self.step_s) if self.varies else steady_step_s(self.step_s, self.period)
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,8 @@ class LabRuns:
             warm_up_steps=way.warm_up_steps,
             period=way.period,
             settle_steps=1 if way.peer else 2,
-            timed_steps=self._timed_steps,
+            timed_steps=_VARIED_PERIODS * way.period if way.varies else self._timed_steps,
+            enough_s=_VARIED_ENOUGH_S if way.varies else _ENOUGH_S,
         )
         tail = _Tail(records_path)
         load = os.getloadavg()[0]
@@ -254,10 +259,7 @@ class LabRuns:
             error += f": {_last_error(folder)}"
         cores = machine.cores_per_rank
         return Outcome(
-            {
-                rate: _timing(tail.records[slice(*place)], way.period, load, cores)
-                for rate, place in phases.timed.items()
-            },
+            {rate: _timing(tail.records[slice(*place)], way, load, cores) for rate, place in phases.timed.items()},
             _curve(tail.records) if curve and code == 0 else None,
             tuple(tail.values("loss")[:10]),
             error,
@@ -320,15 +322,16 @@ def _command(way: Way, steps: int, curve: bool, folder: Path) -> tuple[list[str]
     ], folder / "metrics.jsonl"
 
 
-def _timing(records: Sequence[Mapping[str, Any]], period: int, load: float, cores: float | None) -> Timing:
+def _timing(records: Sequence[Mapping[str, Any]], way: Way, load: float, cores: float | None) -> Timing:
     levels = {level for record in records for level in record.get("sent_bytes_by_level", {})}
     return Timing(
         tuple(record["step_s"] for record in records),
-        period,
+        way.period,
         {level: statistics.mean(r["sent_bytes_by_level"].get(level, 0) for r in records) for level in sorted(levels)},
         statistics.mean(record["interface_sent_bytes"] for record in records),
         round(load, 1),
         cores,
+        way.varies,
     )
 
 
@@ -353,9 +356,9 @@ def _last_error(folder: Path) -> str:
 def _identity(way: Way, machine: Machine, steps: int) -> dict[str, Any]:
     """All that what a run learns depends on: not its links, and not how fast its hosts are."""
     content = (CONFIGS / way.config).read_bytes()
-    named = replace(way, label="")
+    named = {key: value for key, value in asdict(replace(way, label="")).items() if key != "varies"}
     place = {key: value for key, value in asdict(machine).items() if key != "places"}
-    told = {**asdict(named), **place, "steps": steps, "digest": hashlib.sha256(content).hexdigest()[:12]}
+    told = {**named, **place, "steps": steps, "digest": hashlib.sha256(content).hexdigest()[:12]}
     found: dict[str, Any] = json.loads(json.dumps(told))
     return found
 

@@ -5,7 +5,7 @@
 Four emulated hosts. For each link `thinwire probe` measures once, of the demo's model: links, compressors, computing.
 From that and each method's settings comes the foretold step; the measured one is the median of the steady steps of a
 run in the lab, on the same machine, each rank with processors of its own. The ratio is foretold / measured. A probe or
-a run (time_to_loss.py keeps them) that is there is not made again.
+a run that is there is not made again: both belong to the same hours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from lab_machine import Machine
 from lab_runs import CONFIGS, LabRuns, Way
 from runner import Row, arguments, report
-from time_to_loss import KEPT, STEPS
+from time_to_loss import STEPS
 from time_to_loss_ways import DDP, OURS, Contender
 
 from thinwire.comm.units import format_rate, parse_rate
@@ -46,6 +46,8 @@ OF_TWO_LEVELS = tuple(
 """Ways that are others only where hosts have several ranks."""
 RESULTS = Path(__file__).resolve().parent / "results"
 PROBES = RESULTS / "probes"
+KEPT = RESULTS / "plan_runs.json"
+"""Runs of the same hours as the probes: a machine's speed changes from day to day, and with it what is foretold."""
 
 
 @dataclass(frozen=True)

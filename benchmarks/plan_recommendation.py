@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from lab_runs import CONFIGS, LabRuns
-from plan_accuracy import PROBES, probed
+from plan_accuracy import KEPT, PROBES, probed
 from runner import Row, arguments, report
 from steps_factor import told
-from time_to_loss import KEPT, MACHINE, RATES, STEPS, TARGET_SHARE, Result, examine, loss_at
+from time_to_loss import MACHINE, RATES, STEPS, TARGET_SHARE, Result, examine, loss_at
 from time_to_loss_ways import DDP, OURS, PEERS, Contender
 
 from thinwire.comm.units import format_rate, parse_rate

@@ -20,6 +20,7 @@ def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Pa
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     lines: dict[str, dict[float, float]] = {}
     for row in rows:
@@ -60,6 +61,8 @@ def draw(rows: Sequence[Row], failed: Mapping[str, str], target: float, path: Pa
         axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         rates = sorted({rate for line in lines.values() for rate in line})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
     never = sorted({str(row["way"]) for row in rows} - set(lines))
     panels[0].set_ylabel("seconds until the loss is reached")

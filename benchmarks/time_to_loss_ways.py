@@ -57,6 +57,7 @@ OURS = (
         ),
         config="demo_gossip.yaml",
         period=4,
+        varies=True,
         dense_steps=1,
     ),
     Contender("thinwire partition, fp32", (f"{PARTITION}}}",), config="demo_partition.yaml"),

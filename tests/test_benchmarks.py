@@ -8,6 +8,7 @@ import math
 import runpy
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -96,6 +97,8 @@ def test_a_step_takes_the_median_of_whole_periods(benchmarks: Path) -> None:
     steady_step_s = module("lab_phases").steady_step_s
     assert steady_step_s((1.0, 9.0, 2.0), 1) == 2.0
     assert steady_step_s((1.0, 3.0, 1.0, 5.0, 1.0, 7.0, 100.0), 2) == 3.0
+    timing = partial(module("lab_runs").Timing, (1.0, 1.0, 1.0, 9.0), 1, {}, 0.0, 0.0)
+    assert (timing().seconds, timing(varies=True).seconds) == (1.0, 3.0)
 
 
 def test_runs_are_kept_and_made_again_only_for_what_is_missing(

@@ -32,7 +32,9 @@ from thinwire.dist.probe.wires import Works
 _LARGE, _SMALL = 1 << 18, 1 << 12
 _COLUMNS = 256
 _BLOCK_S, _BLOCKS = 0.02, 2
-_FEWEST_CALLS, _MOST_CALLS = 4, 200  # of a block; the first ones find their memory cold
+_MOST_CALLS = 200  # of a block
+# Of small tensors a step has many in a row, whose code is hot; a large one finds its memory cold.
+_FEWEST_SMALL, _FEWEST_LARGE = 4, 1
 
 COMPRESSORS: tuple[Compressor, ...] = (
     Dense(),
@@ -75,7 +77,11 @@ def measure_codecs(lockstep: Lockstep, labels: Iterable[str]) -> dict[str, Codec
         works = [_works_of(label, numel, lockstep) for numel in (_LARGE, _SMALL)]
         if None in works:
             continue
-        large, small = ([_per_call(lockstep, work) for work in pair] for pair in works if pair is not None)
+        large, small = (
+            [_per_call(lockstep, work, fewest) for work in pair]
+            for pair, fewest in zip(works, (_FEWEST_LARGE, _FEWEST_SMALL), strict=True)
+            if pair is not None
+        )
         per_element = [max(0.0, (a - b) / (_LARGE - _SMALL)) for a, b in zip(large, small, strict=True)]
         per_call = [max(0.0, b - _SMALL * each) for b, each in zip(small, per_element, strict=True)]
         speed = CodecSpeed(
@@ -106,10 +112,10 @@ def _works_of(label: str, numel: int, lockstep: Lockstep) -> Works | None:
     )
 
 
-def _per_call(lockstep: Lockstep, work: Callable[[], object]) -> float:
+def _per_call(lockstep: Lockstep, work: Callable[[], object], fewest: int) -> float:
     """Seconds of one call among many, beside which the clock's own are short."""
     first_s = lockstep.time_computing(work, 2)[1]
-    count = max(_FEWEST_CALLS, min(_MOST_CALLS, int(_BLOCK_S / max(first_s, 1e-7))))
+    count = max(fewest, min(_MOST_CALLS, int(_BLOCK_S / max(first_s, 1e-7))))
 
     def block() -> None:
         for _ in range(count):
