@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,7 +42,6 @@ from thinwire.dist.models import build_model
 from thinwire.dist.plan.forecasts import Subject, forecast_run
 from thinwire.dist.plan.prediction import subject_of
 from thinwire.dist.plan.trace import StepTrace
-from thinwire.dist.probe import wires
 from thinwire.dist.train import Trainer
 from thinwire.dist.zeroth_order import ZerothOrderTrainer
 
@@ -225,32 +223,6 @@ def test_partition_handles_whole_units_in_fp32_too() -> None:
             (coding,) = exchange.coding
             assert (coding.codec, coding.encoded, coding.decoded) == ('{"kind": "none"}', 0, 0)
             assert coding.handled == unit_numel
-
-
-def test_what_partition_codes_is_named_as_a_probe_times_it() -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 5))
-    given = {
-        "params": "rank",
-        "grads": "rank",
-        "optim": "world",
-        "gradients": {"world": {"kind": "int4", "rounding": "stochastic"}},
-        "update": {"kind": "difference", "bits": 4},
-    }
-    forecast = forecast_partition(
-        PartitionSettings.model_validate(given),
-        unit_shapes(model, [model[0]]),
-        seat_of([("world", 3)], 0),
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        names={id(p): name for name, p in model.named_parameters()},
-    )
-    codings = [exchange.coding for exchange in forecast.exchanges]
-    assert {handling.codec for handling, _ in codings} == {'{"kind": "none"}'}
-    assert {coding.codec for _, coding in codings} <= set(wires.EVERY)
-    assert {tuple(json.loads(coding.codec)[key] for key in ("of", "kind")) for _, coding in codings} == {
-        ("gradients", "int4"),
-        ("update", "difference"),
-    }
 
 
 OWN_PACE: list[dict[str, Any]] = [

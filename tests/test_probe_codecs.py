@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from ranks import Rank, run_ranks
+from torch import nn
 
 from thinwire.comm.forecast import Coding, codec_label, seat_of
 from thinwire.comm.gossip.forecast import HANDLING, forecast_gossip
 from thinwire.comm.gossip.settings import GossipSettings
+from thinwire.comm.partition.forecast import forecast_partition
+from thinwire.comm.partition.settings import PartitionSettings
+from thinwire.comm.partition.traffic import unit_shapes
 from thinwire.comm.partition.wires.gradients import Int4Gradients, PlainGradients
 from thinwire.comm.partition.wires.label import Use, wire_label, wire_of
 from thinwire.comm.partition.wires.weights import Int8Weights, SameWeights, WeightDifferences
@@ -47,11 +53,39 @@ def test_formats_of_partition_have_labels_of_their_own() -> None:
     [*wires.EVERY, wire_label("gradients", PlainGradients(kind="bf16")), wire_label("gather", Int8Weights())],
 )
 def test_formats_of_partition_are_timed_as_they_are_used(label: str) -> None:
-    encode, decode = wires.works_of(label, 4096, 4, torch.device("cpu"))  # type: ignore[misc]
+    works = wires.works_of(label, 4096, 4, torch.device("cpu"))
+    assert works is not None
+    encode, decode = works
     payload = encode()
     assert isinstance(payload, torch.Tensor)
     assert 0 < payload.nbytes < 4 * 4096
     decode()
+
+
+def test_what_partition_codes_is_named_as_a_probe_times_it() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 5))
+    given = {
+        "params": "rank",
+        "grads": "rank",
+        "optim": "world",
+        "gradients": {"world": {"kind": "int4", "rounding": "stochastic"}},
+        "update": {"kind": "difference", "bits": 4},
+    }
+    forecast = forecast_partition(
+        PartitionSettings.model_validate(given),
+        unit_shapes(model, [model[0]]),
+        seat_of([("world", 3)], 0),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        names={id(p): name for name, p in model.named_parameters()},
+    )
+    codings = [exchange.coding for exchange in forecast.exchanges]
+    assert {handling.codec for handling, _ in codings} == {'{"kind": "none"}'}
+    assert {coding.codec for _, coding in codings} <= set(wires.EVERY)
+    assert {tuple(json.loads(coding.codec)[key] for key in ("of", "kind")) for _, coding in codings} == {
+        ("gradients", "int4"),
+        ("update", "difference"),
+    }
 
 
 def test_a_round_of_gossip_is_timed_with_one_neighbour_and_by_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,13 +94,13 @@ def test_a_round_of_gossip_is_timed_with_one_neighbour_and_by_message(monkeypatc
     assert speed.handle_s >= speed.decode_s > 0
     assert speed.handle_call_s > 0
     assert (speed.encode_s, speed.encode_call_s) == (0, 0)
+    assert HANDLING in EVERY
     seat = seat_of([("world", 4)], 0)
     for graph, messages in (("matching", 1), ("complete", 3)):
         forecast = forecast_gossip(GossipSettings.model_validate({"graph": graph}), [1000], seat, steps=3)
         codings = [coding for exchange in forecast.exchanges for coding in exchange.coding]
         more = (messages - 1) * 1000
         assert codings == [Coding(HANDLING, 0, more, 0, messages - 1, handled=1000)]
-        assert HANDLING in EVERY
 
 
 def test_what_no_probe_can_time_is_left_out_of_the_speeds() -> None:
