@@ -34,6 +34,7 @@ from thinwire.comm.verdict import Progress, Survey, Verdict, draw_verdict
 T = TypeVar("T")
 
 # How long the others may take to answer once an operation is overdue: within the two seconds that a caller is promised.
+_TRANSPORT = "gloo/transport"  # in the errors of its connections
 _SURVEY_S = 1.0
 _ERRORS = {"lost": PeerLostError, "late": PeerLateError, "failed": PeerFailedError}
 
@@ -250,6 +251,9 @@ class CommQueue:
     def _judge(self, here: Progress, error: BaseException) -> None:
         """Decide what this rank raises for a failed exchange: its own error, or what the other ranks' answers say."""
         me = self.peers[self.rank]
+        if isinstance(error, RuntimeError) and _TRANSPORT in str(error):
+            # A connection that was broken already: gloo says so when an operation is begun, not when it is waited for.
+            error = _TransportError(_brief(error))
         if not isinstance(error, _OverdueError | _TransportError):
             # Not the transport: the exchange itself failed here, and the others should not wait for it in vain.
             self._fail(error)

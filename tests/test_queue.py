@@ -209,6 +209,32 @@ def test_an_error_from_elsewhere_is_blamed_on_a_lost_rank_only_if_there_is_one(l
         assert type(found) is RuntimeError
 
 
+def test_a_connection_that_is_broken_when_an_operation_begins_is_the_lost_ranks_fault() -> None:
+    """Gloo then raises from the call that would begin it; whoever calls it has done nothing wrong."""
+    ready, judged = threading.Event(), threading.Event()
+
+    def begin(channel: Channel) -> None:
+        raise RuntimeError("[/a/gloo/transport/tcp/pair.cc:553] Connection closed by peer. This is typically caused by")
+
+    def work(rank: Rank) -> None:
+        queue = rank.queue()
+        if rank.rank == 1:
+            queue.monitor.close()
+            ready.set()
+            judged.wait(30)
+            return
+        ready.wait(30)
+        try:
+            queue.submit("sum", begin).wait()
+        finally:
+            judged.set()
+
+    error = run_ranks_to_the_end(2, work)[0]
+    assert isinstance(error, PeerLostError)
+    assert error.missing_ranks == (1,)
+    assert "broken: Connection closed by peer. No answer from rank 1" in str(error)
+
+
 def test_timeout_must_be_positive() -> None:
     def work(rank: Rank) -> None:
         with pytest.raises(ValueError, match="timeout_s: 0 must be a positive number"):
