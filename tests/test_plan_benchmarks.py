@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,3 +66,37 @@ def test_what_a_plan_offers_is_what_is_measured(benchmarks: Path) -> None:
     assert sorted(found.values()) == sorted(way.label for way in plan_recommendation.WAYS)
     with pytest.raises(SystemExit, match="has not been measured"):
         plan_recommendation.way_of(config, list(plan_recommendation.WAYS[1:]))
+
+
+def test_ways_are_run_between_two_probes(
+    benchmarks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of which the mean counts; the numbers of the probes do not depend on which ways are asked for."""
+    import plan_accuracy
+
+    done: list[str] = []
+
+    def probed(folder: Path, machine: Any, rate_bps: float, number: int) -> float:
+        done.append(f"probe {number}")
+        return 1.0 + number
+
+    def run(way: Any, machine: Any, rates: Any, runs: Any) -> Any:
+        done.append(way.label)
+        return {rate: SimpleNamespace(step_s=(4.0,), seconds=4.0, sent_bytes={"world": 1e6}) for rate in rates}
+
+    monkeypatch.setattr(plan_accuracy, "probed", probed)
+    monkeypatch.setattr(plan_accuracy, "run", run)
+    monkeypatch.setattr(plan_accuracy, "foretell", lambda way, s: plan_accuracy.Foretold(s, 0.5))
+    arguments = ["--rates", "1gbit", "--ranks-per-host", "1", "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr("sys.argv", ["plan_accuracy.py", *arguments, "--only", "int4", "top-k", "one byte"])
+    plan_accuracy.main()
+    assert done == [
+        *("probe 0", "thinwire int4", "probe 1"),
+        *("probe 1", "thinwire top-k 1 %, int8", "probe 2"),
+        *("probe 3", "thinwire one byte", "probe 4"),
+    ]
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["foretold s"] for row in rows] == [1.5, 2.5, 4.5]
+    assert [row["ratio"] for row in rows] == [pytest.approx(s / 4) for s in (1.5, 2.5, 4.5)]
+    assert rows[0]["last probe / first"] == 2
+    assert "furthest: thinwire int4" in capsys.readouterr().out

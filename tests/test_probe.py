@@ -196,6 +196,7 @@ def test_a_probe_is_a_cluster_that_plan_reads(probed: tuple[Probe, Path]) -> Non
     assert len(measured.hosts) == 4
     assert measured.cores_per_rank > 0
     assert measured.cpu_s_per_byte >= 0
+    assert measured.drift is not None
     assert set(measured.codecs) == {'{"kind": "int8"}', '{"density": 0.125, "kind": "topk"}'}
     assert {(time.operation, time.level) for time in measured.collectives} == set(
         itertools.product(("all_reduce", "all_gather", "reduce_scatter", "all_to_all"), ("node", "world"))
@@ -228,6 +229,7 @@ HOSTILE = [
     (("device", "peak_flops"), float("nan"), "peak_flops"),
     (("measured", "hosts"), ["a"], "measured.hosts"),
     (("measured", "cpu_s_per_byte"), -1, "cpu_s_per_byte"),
+    (("measured", "drift"), -1, "drift"),
     (("measured", "computes", 0, "forward_s"), "soon", "forward_s"),
     (("measured", "pairs", "bps"), [[1.0]], "measured.pairs"),
     (("measured", "collectives", 0, "operation"), "gossip", "operation"),
@@ -255,6 +257,44 @@ def test_half_a_file_is_refused(probed: tuple[Probe, Path], tmp_path: Path) -> N
     path.write_text(probed[0].cluster.model_dump_json()[:500])
     with pytest.raises(ConfigError, match=r"half\.json: not valid JSON"):
         load_cluster(path)
+
+
+@pytest.mark.parametrize(
+    ("drift", "said"), [(None, ""), (0.09, ""), (-0.09, ""), (0.25, "were 25% faster"), (-0.25, "were 25% slower")]
+)
+def test_a_machine_whose_speed_changes_is_named(
+    probed: tuple[Probe, Path], drift: float | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, folder = probed
+    assert found.cluster.measured is not None
+    measured = found.cluster.measured.model_copy(update={"drift": drift})
+    cluster = found.cluster.model_copy(update={"measured": measured})
+    remarks = [one for one in predict(small_config(folder), cluster).remarks if "matrix products" in one]
+    assert len(remarks) == bool(said)
+    assert all(said in one for one in remarks)
+    print_probe(Probe(cluster, {}, tuple(measured.remarks)))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("from the probe's beginning to its end" in shown) == (drift is not None)
+    assert said in shown
+
+
+def test_the_drift_is_that_of_the_matrix_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the first and the last measurement, whatever the machine does here."""
+    speeds = {rank: iter((4e9, 3e9)) for rank in range(2)}
+
+    def work(rank: TorchRank) -> Cluster:
+        world = torch_world(rank)
+        found = run_probe(world, None, 0.1)
+        close_world(world)
+        return found.cluster
+
+    monkeypatch.setattr(probe_module, "measure_flops", lambda lockstep, seconds: next(speeds[lockstep.queue.rank]))
+    monkeypatch.setattr(probe_module, "EVERY", ())
+    for cluster in run_torch_ranks([2], work):
+        assert cluster.measured is not None
+        assert cluster.measured.drift == pytest.approx(-0.25)
+        assert cluster.device.peak_flops == pytest.approx(3.5e9)
+        assert cluster.device.utilisation == 0.4
 
 
 def test_at_another_number_of_ranks_nothing_is_measured(probed: tuple[Probe, Path]) -> None:

@@ -17,6 +17,8 @@ from thinwire.comm.units import parse_delay, parse_rate
 from thinwire.dist.config_errors import ConfigError, explain
 from thinwire.dist.probe.records import CollectiveTime, PairTimes
 
+_STEADY = 0.1  # by which the timing of matrix products differs on a machine that does nothing else
+
 
 def _rate(value: Any) -> Any:
     if not isinstance(value, str):
@@ -147,6 +149,7 @@ class Measured(Settings):
 
     hosts: a name for each rank's.
     cores_per_rank: processors that a rank has for itself; the ranks of an emulated cluster share some.
+    drift: by what part matrix products were faster at the probe's end than at its beginning; null: unknown.
     cpu_s_per_byte: seconds for which a processor is busy with each byte that a rank sends, and receives, while all do;
       copies and sums included. 0 where the processor has nothing to do with it.
     sweep: of method onebyte; null: unknown.
@@ -156,12 +159,24 @@ class Measured(Settings):
 
     hosts: tuple[str, ...]
     cores_per_rank: float = Field(gt=0)
+    drift: float | None = Field(None, gt=-1)
     cpu_s_per_byte: float = Field(0.0, ge=0)
     sweep: SweepSpeed | None = None
     codecs: dict[str, CodecSpeed] = Field(default_factory=dict)
     computes: tuple[ComputeSpeed, ...] = ()
     pairs: PairTimes | None = None
     collectives: tuple[CollectiveTime, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What makes the figures uncertain."""
+        if self.drift is None or abs(self.drift) <= _STEADY:
+            return []
+        change = f"{abs(self.drift):.0%} {'faster' if self.drift > 0 else 'slower'}"
+        return [
+            f"the speed of the probed machines changes: matrix products were {change} at the end of the probe than at "
+            "its beginning, and what is foretold from it is as uncertain; probe when nothing else runs on these hosts"
+        ]
 
 
 class Cluster(Settings):

@@ -85,6 +85,7 @@ class Prediction:
         unknown = [codec for codec in codecs if codec not in timed]
         return [
             *self.forecast.remarks,
+            *(measured.remarks if measured else []),
             *([_NOT_TIMED_HERE.format(", ".join(unknown))] if unknown and timed else []),
             *([_NOT_TIMED] if unknown and not timed else []),
             *([_OTHER_COMPUTING] if measured and self.compute_from != _MEASURED else []),

@@ -32,10 +32,10 @@ from thinwire.dist.world import World
 if TYPE_CHECKING:
     from thinwire.dist.config import RunConfig
 
-# What part of the time each measurement gets; the compressors take what they take.
-_PAIRS, _SWEEP, _PROCESSOR, _FLOPS, _COMPUTE = 0.2, 0.4, 0.1, 0.05, 0.25
+# What part of the time each measurement gets, flops twice; the compressors take what they take.
+_PAIRS, _SWEEP, _PROCESSOR, _FLOPS, _COMPUTE = 0.18, 0.36, 0.1, 0.06, 0.24
 _AVERAGES = 8  # that fit into the time of the processor, at least
-_LEAST_UTILISATION = 1e-6
+_LEAST_UTILISATION, _UNKNOWN_UTILISATION = 1e-6, 0.4
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     clock = _Clock(lockstep)
     task = None if config is None else build_task(config, world.device)
     clock.lap("data")
+    first_flops = measure_flops(lockstep, _FLOPS * seconds)
+    clock.lap("matrix products")
     pairs = measure_pairs(lockstep, world.hosts, _PAIRS * seconds)
     clock.lap("pairs")
     names = [(level.name, level.size) for level in world.mesh.levels]
@@ -77,15 +79,13 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     sent = sum(TwoShotMean(torch.float32).sent_bytes(size_bytes // 4, world.rank, world.size).values())
     busy_s = busy_s_per_byte(lockstep, size_bytes, sent, _PROCESSOR * seconds)
     clock.lap("processor")
-    flops = measure_flops(lockstep, _FLOPS * seconds)
     computes: tuple[ComputeSpeed, ...] = ()
     remarks: list[str] = []
     wanted = dict.fromkeys(EVERY)
-    utilisation = 0.4
+    subject = None
     if config is not None and task is not None:
         computes = (measure_compute(lockstep, config, task, _COMPUTE * seconds),)
         subject = subject_of(config, world.size)
-        utilisation = _utilisation(subject, computes[0], flops)
         wanted |= dict.fromkeys(_codecs_of(subject, world))
     clock.lap("compute")
     codecs = measure_codecs(lockstep, wanted)
@@ -93,7 +93,22 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
     remarks += [f"{codec} cannot be measured by itself; a plan takes no time for it" for codec in unknown]
     sweep_speed = measure_directions(lockstep)
     clock.lap("codecs")
+    last_flops = measure_flops(lockstep, _FLOPS * seconds)
+    clock.lap("matrix products")
+    flops, drift = (first_flops + last_flops) / 2, last_flops / first_flops - 1
     hosts = tuple(world.hosts[rank] for rank in world.mesh.order)
+    measured = Measured(
+        hosts=hosts,
+        cores_per_rank=cores_per_rank,
+        drift=drift,
+        cpu_s_per_byte=busy_s,
+        sweep=sweep_speed,
+        codecs=codecs,
+        computes=computes,
+        pairs=pairs,
+        collectives=tuple(time for times in sweeps for time in times),
+    )
+    remarks += measured.remarks
     cluster = Cluster(
         name=f"probe of {_some(list(dict.fromkeys(hosts)))}",
         levels=levels,
@@ -101,18 +116,9 @@ def run_probe(world: World, config: RunConfig | None, seconds: float) -> Probe:
             name=_device_name(world),
             memory_bytes=_memory_bytes(world, lockstep),
             peak_flops=flops,
-            utilisation=utilisation,
+            utilisation=_utilisation(subject, computes[0], flops) if subject else _UNKNOWN_UTILISATION,
         ),
-        measured=Measured(
-            hosts=hosts,
-            cores_per_rank=cores_per_rank,
-            cpu_s_per_byte=busy_s,
-            sweep=sweep_speed,
-            codecs=codecs,
-            computes=computes,
-            pairs=pairs,
-            collectives=tuple(time for times in sweeps for time in times),
-        ),
+        measured=measured,
     )
     return Probe(cluster, clock.laps, tuple(remarks))
 
@@ -127,7 +133,7 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         here = self._lockstep.now()
-        self.laps[name] = self._lockstep.slowest(here - self._last)
+        self.laps[name] = self.laps.get(name, 0.0) + self._lockstep.slowest(here - self._last)
         self._last = here
 
 

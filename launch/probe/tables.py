@@ -51,6 +51,7 @@ def print_probe(found: Probe) -> None:
     console.print(
         f"{device.name}: matrix products at {device.peak_flops / 1e9:.4g} GFLOP/s"
         + (f", of which the run gets {device.utilisation:.0%}" if measured.computes else "")
+        + (f" ({measured.drift:+.0%} from the probe's beginning to its end)" if measured.drift is not None else "")
         + f"; {measured.cores_per_rank:.3g} cores per rank; each MB that is sent keeps one busy for "
         f"{1e9 * measured.cpu_s_per_byte:.3g} ms",
         highlight=False,
