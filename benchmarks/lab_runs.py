@@ -4,7 +4,8 @@
     outcome = runs.get(Way("int8", ("method={kind: compress, compressor: int8}",)), Machine(hosts=4), 100, [1e9, 1e8])
     outcome.timings[1e8].seconds  # per step
 
-What a run learns does not depend on its links, so one run serves all rates: its links change while it goes on.
+What a run learns does not depend on its links, so one run serves all rates: its links change while it goes on. Only a
+way whose exchanges vary has a run for each.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Way:
     environment: of the peer, a name that peers/environments.py knows; "" = the one that this runs in.
     config: file in configs/. warm_up_steps: dense or otherwise unlike the others, so not part of the time per step.
     period: steps from one synchronisation to the next. varies: whether these are not alike, as where partners change:
-    then many are timed, and their mean counts.
+    then many are timed, and their mean counts; at each rate in a run of its own, since a connection that is seldom used
+    stays as slow as the rate before was.
     """
 
     label: str
@@ -145,7 +147,7 @@ class LabRuns:
                 break
             if self._known_only:
                 return replace(known, error=NOT_RUN)
-            made = self._run(way, machine, steps, missing, needs_curve)
+            made = self._run(way, machine, steps, missing[:1] if way.varies else missing, needs_curve)
             timings = {**known.timings, **made.timings}
             no_progress = not made.error and not made.timings and made.curve is None
             error = made.error or ("the run has too few steps to be timed" if no_progress else "")

@@ -22,23 +22,36 @@ class Script:
 
 
 RUNS, PROBES = "OUT/kept/runs.json", "OUT/kept/probes"  # which several share
+OWN_RUNS = ("--keep", "OUT/kept/plan_runs.json")  # made between the probes
 ONE_THREAD = ("--threads", "1", "--repeats", "5")
 ONE_THREAD_QUICK = ("--threads", "1", "--repeats", "2")
-NOT_HIVEMIND = ("thinwire", "torch", "plain", "DeepSpeed")  # whose steps would take ten minutes of the hour
+# Not hivemind, whose steps would take ten minutes of the hour, and of four stages of ZeRO two.
+FITTING = ("thinwire", "torch", "plain", "ZeRO-0", "ZeRO-3")
 SCRIPTS = (
     # The headline, and the system as a whole. The losses are those that the repository has, the seconds are new.
     Script(
         "time_to_loss",
-        ("--keep", RUNS, "--rates", "100mbit", "--timed", "3", "--only", *NOT_HIVEMIND),
-        1165,
+        ("--keep", RUNS, "--rates", "100mbit", "--timed", "3", "--only", *FITTING),
+        1100,
         ("--keep", RUNS, "--rates", "100mbit", "--timed", "3", "--only", "low rank 16", "PowerSGD"),
         110,
         plots=True,
     ),
     Script(
         "plan_accuracy",
-        ("--keep", RUNS, "--probes", PROBES, "--rates", "100mbit", "--ranks-per-host", "1", "--only", "int8", "rank"),
-        85,
+        (
+            *OWN_RUNS,
+            "--probes",
+            PROBES,
+            "--rates",
+            "100mbit",
+            "--ranks-per-host",
+            "1",
+            "--only",
+            "bf16",
+            "thinwire int8",
+        ),
+        150,
         plots=True,
     ),
     Script("plan_recommendation", ("--keep", RUNS, "--probes", PROBES, "--rates", "100mbit"), 55),

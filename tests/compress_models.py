@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
-from ranks import Rank
+from ranks import Rank, seeded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,12 +34,10 @@ FEEDBACKS: dict[str, tuple[Any, Any]] = {
     "global": (TopK(density=0.1, scope="global"), "ef"),
     "stochastic": ({"kind": "int4", "rounding": "stochastic"}, "ef"),
 }
-_seeding = threading.Lock()  # ranks are threads, and torch's generator belongs to the process
 
 
 def make_model(layers: int = 5, width: int = WIDTH) -> nn.Module:
-    with _seeding:
-        torch.manual_seed(0)
+    with seeded():
         return nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
 
 

@@ -1,7 +1,7 @@
 """The methods of the contract table: how each enters a training run, and what it promises.
 
 `enter(rank, queue, model)` returns the run: `step(x)` trains one step on this rank's batch x (inputs of shape
-(batch, WIDTH)).
+(batch, WIDTH)) of contract_run.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from thinwire.comm.method import Method
 from thinwire.comm.onebyte.optimizer import OneByteSPSA
 from thinwire.comm.partition.door import partition
 from thinwire.comm.queue import CommQueue
-
-WIDTH = 12
 
 T = TypeVar("T")
 Enter: TypeAlias = Callable[[Any, CommQueue, nn.Module], Run]

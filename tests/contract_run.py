@@ -7,11 +7,25 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from ranks import seeded
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from thinwire.comm.method import Method
+
+WIDTH = 12
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    with seeded():
+        return nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 5)).to(dtype)
+
+
+def batch(rank: int, step: int) -> Tensor:
+    """Small integers over 8: gradients whose sums over three ranks are not exact, as in life."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randint(-8, 9, (4, WIDTH), generator=generator) / 8
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -18,6 +19,15 @@ from thinwire.comm.queue import CommQueue
 
 T = TypeVar("T")
 _runs = itertools.count()
+_seeding = threading.Lock()
+
+
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Torch's random numbers from this seed, for one thread at a time: its generator belongs to the process."""
+    with _seeding:
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass

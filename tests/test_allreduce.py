@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import Rank, run_ranks
+from ranks import Rank, run_ranks, seeded
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,12 +19,8 @@ from thinwire.comm.two_shot import TwoShotMean, split_evenly
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-_seeding = threading.Lock()  # ranks are threads, and torch's generator belongs to the process
-
-
 def make_model(width: int = 37, layers: int = 5) -> nn.Module:
-    with _seeding:
-        torch.manual_seed(0)
+    with seeded():
         return nn.Sequential(*[nn.Linear(width, width) for _ in range(layers)])
 
 

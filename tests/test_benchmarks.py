@@ -133,6 +133,10 @@ def test_runs_are_kept_and_made_again_only_for_what_is_missing(
     known = lab_runs.LabRuns(path, known_only=True)
     assert known.get(way, machine, 10, [1e8]).error == ""
     assert known.get(way, machine, 10, [1e7]).error == lab_runs.NOT_RUN
+    asked.clear()
+    varied = lab_runs.LabRuns(path).get(replace(way, label="two", period=4, varies=True), machine, 10, [1e9, 1e8])
+    assert asked == [([1e9], False), ([1e8], False)]
+    assert sorted(varied.timings) == [1e8, 1e9]
     assert len(asked) == 2
 
 

@@ -91,7 +91,10 @@ def test_memories_take_what_was_not_contributed() -> None:
     assert same_bits(fused[0].outputs, plain[0].outputs)
     for r in range(3):
         left = [c - sent.view_as(c) for c, sent in zip(sums(r), plain[r].contributed, strict=True)]
-        assert same_bits(fused[r].next_memories, left)
+        # The memory's product is subtracted while it is summed up: another order of the same few roundings.
+        for found, expected in zip(fused[r].next_memories, left, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-6)
+        assert same_bits(fused[r].next_memories[1:], left[1:])  # sent whole
 
 
 def test_weights_multiply_contributions_and_an_absent_rank_makes_none() -> None:

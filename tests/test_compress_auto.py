@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import threading
 
 import pytest
 import torch
-from ranks import Rank, run_ranks
+from ranks import Rank, run_ranks, seeded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,15 +18,13 @@ from thinwire.comm.compress.measure import Link
 from thinwire.comm.queue import CommQueue
 
 WIDTH = 48
-_seeding = threading.Lock()
 
 
 class Run:
     """A small model in DDP, its gradients compressed as auto chooses."""
 
     def __init__(self, rank: Rank, queue: CommQueue, compressor: Auto) -> None:
-        with _seeding:
-            torch.manual_seed(0)
+        with seeded():
             self.model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 8))
         self.ddp = DistributedDataParallel(self.model, process_group=rank.group, init_sync=False)
         self.method: CompressedExchange = tw.compress(self.ddp, compressor=compressor, dense_below=100, queue=queue)

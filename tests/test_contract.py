@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from contract_rows import METHODS, OPENED, WIDTH, Row
-from contract_run import Run
+from contract_rows import METHODS, OPENED, Row
+from contract_run import Run, batch, make_model
 from ranks import Rank
-from torch import Tensor, nn
+from torch import Tensor
 
 from thinwire.comm.errors import NonFiniteGradientError, NonFiniteWeightsError
 from thinwire.comm.method import Method, agreed_weights
 
 SIZE = 3
 every_method = pytest.mark.parametrize("row", METHODS, ids=str)
-_seeding = threading.Lock()
 
 
 @pytest.fixture(autouse=True)
@@ -26,18 +24,6 @@ def no_thread_is_left() -> Iterator[None]:
     yield
     while OPENED:
         OPENED.pop().remove()
-
-
-def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    with _seeding:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 5)).to(dtype)
-
-
-def batch(rank: int, step: int) -> Tensor:
-    """Small integers over 8: gradients whose sums over three ranks are not exact, as in life."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randint(-8, 9, (4, WIDTH), generator=generator) / 8
 
 
 def agreed(run: Run) -> list[Tensor]:

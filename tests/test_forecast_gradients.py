@@ -7,34 +7,32 @@ import dataclasses
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from contract_rows import GROUPS, METHODS, WIDTH, Row, enter_compress
-from contract_run import Run
-from ranks import Rank, run_ranks
+from contract_rows import METHODS, Row, enter_compress
+from contract_run import WIDTH, make_model
+from metered import Sent, bytes_of, calls, metered, shots_of, since, total
+from ranks import Rank, run_ranks, seeded
+from row_forecasts import before_any, forecast_of
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, torch_world
 
-from thinwire.comm.allreduce import AllReduce, AllReduceSettings, forecast_allreduce
+from thinwire.comm.allreduce import AllReduce
 from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.compressors.natural import Natural
-from thinwire.comm.compress.ddp import CompressedDDP
-from thinwire.comm.compress.forecast import forecast_compress
 from thinwire.comm.compress.handle import CompressedExchange
-from thinwire.comm.forecast import Coding, Forecast, Parameter, Seat, seat_of
+from thinwire.comm.forecast import Coding, Parameter, seat_of
 from thinwire.comm.local_sgd.door import LocalSGDSettings
 from thinwire.comm.local_sgd.door import enter as enter_rounds
 from thinwire.comm.local_sgd.forecast import forecast_local_sgd
 from thinwire.comm.local_sgd.handle import LocalSGD
-from thinwire.comm.local_sgd.outer import AverageSettings
-from thinwire.comm.meter import TrafficMeter
 from thinwire.comm.method import Method
 from thinwire.dist.config import RunConfig, load_config
 from thinwire.dist.engine.build import build_engine
@@ -50,112 +48,6 @@ LEVELS = (("node", 2), ("world", 4))
 SEATS = [seat_of(LEVELS, rank) for rank in range(4)]
 STEPS = 3  # the first is left out: it may be dense, and DDP has one bucket in it
 OF_GRADIENTS = [row for row in METHODS if row.name.startswith(("allreduce", "compress", "local_sgd"))]
-_seeding = threading.Lock()
-
-Sent = dict[str, dict[str, float]]
-"""Bytes by operation and level."""
-
-
-def bytes_of(forecast: Forecast, steps: int) -> Sent:
-    """What so many steps will send."""
-    found: dict[str, Counter[str]] = {}
-    for exchange in forecast.exchanges:
-        for level, count in exchange.sent_bytes.items():
-            found.setdefault(exchange.operation, Counter())[level] += count * exchange.per_step * steps  # type: ignore[assignment]
-    return {operation: dict(levels) for operation, levels in found.items()}
-
-
-def metered(meter: TrafficMeter) -> Sent:
-    """What the methods' own operations have sent; those of control are not foretold."""
-    return {
-        operation: {level: float(entry["sent_bytes"]) for level, entry in levels.items() if entry["sent_bytes"]}
-        for operation, levels in meter.snapshot()["operations"].items()
-        if not operation.startswith("control/")
-    }
-
-
-def calls(meter: TrafficMeter) -> Sent:
-    """How often each operation has waited for others, by level."""
-    return {
-        operation: {level: float(entry["calls"]) for level, entry in levels.items()}
-        for operation, levels in meter.snapshot()["operations"].items()
-        if not operation.startswith("control/")
-    }
-
-
-def shots_of(forecast: Forecast, steps: int) -> Sent:
-    """What calls() will have counted after so many steps."""
-    found: dict[str, Counter[str]] = {}
-    for exchange in forecast.exchanges:
-        for level, count in exchange.shots.items():
-            found.setdefault(exchange.operation, Counter())[level] += count * exchange.per_step * steps  # type: ignore[assignment]
-    return {operation: dict(levels) for operation, levels in found.items()}
-
-
-def since(after: Sent, before: Sent) -> Sent:
-    found = {
-        operation: {level: count - before.get(operation, {}).get(level, 0.0) for level, count in levels.items()}
-        for operation, levels in after.items()
-    }
-    spent = {operation: {k: v for k, v in levels.items() if v} for operation, levels in found.items()}
-    return {operation: levels for operation, levels in spent.items() if levels}
-
-
-def total(sent: Sent) -> dict[str, float]:
-    return dict(sum((Counter(levels) for levels in sent.values()), Counter()))
-
-
-def forecast_of(row: Row, run: Run, seat: Seat) -> Forecast:
-    """By what the handle was made of."""
-    parameters = [Parameter(name, p.shape, p.dtype) for name, p in run.model.named_parameters()]
-    buckets = [parameters[::-1]]
-    match run.method:
-        case AllReduce():
-            settings = AllReduceSettings.model_validate({"dtype": row.name.split("-")[1]})
-            return forecast_allreduce(settings, buckets, seat, inner=groups_of(row, seat))
-        case CompressedDDP():
-            return forecast_compress(
-                run.method.settings,
-                parameters,
-                seat,
-                buckets=buckets,
-                bucket_bytes=25 << 20,
-                inner=groups_of(row, seat),
-                clip_norm=run.method.clip_norm,
-            )
-        case LocalSGD():
-            return forecast_local_sgd(settings_of(run.method), parameters, seat)
-        case _:
-            raise AssertionError(row.name)
-
-
-def groups_of(row: Row, seat: Seat) -> Sequence[Sequence[int]] | None:
-    return GROUPS[seat.size] if row.name.endswith("-in-groups") else None
-
-
-def before_any(method: Method) -> dict[str, float]:
-    """What the handle itself expects of a step, before there was one."""
-    if isinstance(method, LocalSGD):
-        return {level: count / method._every for level, count in method._bytes_of_exchange().items()}
-    return dict(method.predicted_bytes())
-
-
-def settings_of(method: LocalSGD) -> LocalSGDSettings:
-    sent = method._exchange.settings
-    return LocalSGDSettings(
-        every=method._every,
-        outer=method._outer._settings if method._outer else AverageSettings(),
-        compressor=sent.compressor,  # type: ignore[arg-type]
-        feedback=sent.feedback,
-        collective=sent.collective,
-        dense_below=sent.dense_below,
-    )
-
-
-def row_model() -> nn.Module:
-    with _seeding:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 5))
 
 
 @pytest.mark.parametrize("row", OF_GRADIENTS, ids=str)
@@ -163,7 +55,7 @@ def test_every_rank_sends_what_was_foretold(row: Row) -> None:
     def work(rank: Rank) -> None:
         seat = SEATS[rank.rank]
         queue = rank.queue(levels=list(seat.level_of_peer))
-        run = row.enter(rank, queue, row_model())
+        run = row.enter(rank, queue, make_model())
         forecast, expected = forecast_of(row, run, seat), before_any(run.method)
         for step in range(STEPS):
             if step == 1:
@@ -205,8 +97,7 @@ def test_bytes_that_depend_on_the_data_are_near_those_to_expect(name: str) -> No
     def work(rank: Rank) -> float:
         seat = SEATS[rank.rank]
         queue = rank.queue(levels=list(seat.level_of_peer))
-        with _seeding:
-            torch.manual_seed(0)
+        with seeded():
             model = nn.Sequential(nn.Linear(64, 400), nn.Tanh(), nn.Linear(400, 64))
         run = row.enter(rank, queue, model)
         forecast = forecast_of(row, run, seat)
@@ -449,7 +340,7 @@ def test_codings_are_the_calls_that_a_codec_gets(
 
     def work(rank: Rank) -> tuple[Coding, ...]:
         queue = rank.queue()
-        run = row.enter(rank, queue, row_model())
+        run = row.enter(rank, queue, make_model())
         run.step(torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(rank.rank)))
         queue.close()
         return tuple(coding for one in forecast_of(row, run, SEATS[rank.rank]).exchanges for coding in one.coding)
@@ -470,8 +361,7 @@ def test_rounds_average_running_statistics_too() -> None:
     def work(rank: Rank) -> None:
         seat = SEATS[rank.rank]
         queue = rank.queue(levels=list(seat.level_of_peer))
-        with _seeding:
-            torch.manual_seed(0)
+        with seeded():
             model = nn.Sequential(nn.Linear(8, 40), nn.BatchNorm1d(40), nn.Linear(40, 8))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         method = enter_rounds(model, optimizer, settings, queue=queue)

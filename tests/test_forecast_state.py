@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from contract_rows import METHODS, OPENED, WIDTH, Row
-from contract_run import Run
+from contract_rows import METHODS, OPENED, Row
+from contract_run import WIDTH, Run, batch, make_model
 from ranks import Rank, run_ranks
-from test_contract import batch, make_model
 from torch import nn
 from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, small_text, thread_world, torch_world

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from ranks import Rank, run_ranks
+from contract_run import WIDTH, make_model
+from ranks import Rank, run_ranks, seeded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,18 +23,9 @@ from thinwire.comm.local_sgd.door import local_sgd
 from thinwire.comm.local_sgd.handle import LocalSGD
 
 SIZE = 3
-WIDTH = 12
 SPARSE = {"compressor": TopK(k=4, chunk=16, values="fp32"), "dense_below": 20}
 DILOCO = {"outer": {"kind": "nesterov", "lr": 0.5, "momentum": 0.75}}
 SPARSELOCO = {"outer": "sgd", "feedback": EF(decay=0.875), **SPARSE}
-
-_seeding = threading.Lock()
-
-
-def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    with _seeding:
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, 5)).to(dtype)
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -220,8 +211,7 @@ def test_weights_of_half_precision_follow_a_theta_in_fp32(dtype: torch.dtype) ->
 def test_running_statistics_are_averaged_and_counted() -> None:
     def work(rank: Rank) -> tuple[dict[str, Tensor], Tensor]:
         queue = rank.queue()
-        with _seeding:
-            torch.manual_seed(0)
+        with seeded():
             model = nn.Sequential(nn.Linear(WIDTH, 4), nn.BatchNorm1d(4))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         method = local_sgd(model, optimizer, every=1, queue=queue)

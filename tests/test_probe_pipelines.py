@@ -67,14 +67,22 @@ def test_every_compressor_is_handled(size: int, monkeypatch: pytest.MonkeyPatch)
     assert all(a or b for a, b in zip(handled, unequal, strict=True))
 
 
-def test_what_is_foretold_already_does_not_count_again() -> None:
-    slow = CodecSpeed(encode_s=1.0, decode_s=1.0)
+def test_what_a_pipeline_takes_is_what_counts() -> None:
+    """Of a codec that was slower by itself, coding has the seconds that are left, in the shares that it had."""
+    slow = CodecSpeed(encode_s=1.0, decode_s=2.0, encode_call_s=30.0, decode_call_s=10.0)
 
-    def work(rank: Rank) -> CodecSpeed:
-        return measure_handling(Lockstep(rank.queue(), torch.device("cpu")), tw.Int8(), slow)
+    def work(rank: Rank) -> tuple[CodecSpeed, CodecSpeed]:
+        lockstep = Lockstep(rank.queue(), torch.device("cpu"))
+        return measure_handling(lockstep, tw.Int8(), slow), measure_handling(lockstep, tw.Int8(), NOTHING)
 
-    (speed, _) = run_ranks(2, work)
+    (speed, bare), _ = run_ranks(2, work)
     assert (speed.handle_s, speed.handle_call_s) == (0.0, 0.0)
+    assert 0.0 <= speed.encode_s < 1e-3
+    assert 0.0 <= speed.encode_call_s < 1.0
+    assert speed.decode_s == pytest.approx(2 * speed.encode_s)
+    assert speed.decode_call_s == pytest.approx(speed.encode_call_s / 3)
+    assert (bare.encode_s, bare.decode_call_s) == (0.0, 0.0)
+    assert bare.handle_s + bare.handle_call_s > 0
 
 
 def test_handling_is_charged_by_element_and_once() -> None:

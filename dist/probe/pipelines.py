@@ -15,9 +15,9 @@ from thinwire.comm.compress.compressor import Compressor
 from thinwire.comm.compress.feedback import EF, NoFeedback
 from thinwire.comm.compress.pipeline import Pipeline
 from thinwire.comm.compress.settings import CompressSettings
+from thinwire.comm.forecast import Coding
 from thinwire.comm.wire import PayloadError
 from thinwire.dist.plan.cluster import CodecSpeed
-from thinwire.dist.plan.exchange_time import one_coding_s
 from thinwire.dist.probe.clock import Lockstep
 
 _TENSORS, _COLUMNS = 4, 256  # of a group
@@ -57,27 +57,39 @@ class Echo(Channel):
 
 
 def measure_handling(lockstep: Lockstep, compressor: Compressor, speed: CodecSpeed) -> CodecSpeed:
-    """The same speed with what `method: compress` needs besides, per element and per call. Collective.
+    """The speed that a compressor has in `method: compress`, with what that needs besides. Collective.
 
-    A group of tensors goes through the whole pipeline, between peers that echo. What that takes longer than the group's
-    encoding and decoding would by `speed` is what is added; nothing where slices come out of unequal length, so that an
-    echo is no answer.
+    A group of tensors goes through the whole pipeline, between peers that echo, and what that takes is what counts.
+    Where it is more than the group's encoding and decoding by `speed`, per element or per call, the rest is handling;
+    where it is less, encoding and decoding are faster than they were one by one. `speed` itself where slices come out
+    of unequal length, so that an echo is no answer.
     """
     size = lockstep.queue.size
     # Slices of equal length, so that what this rank sends might be any other's.
     step = size * math.lcm(_TENSORS * _COLUMNS, compressor.granule) // (_TENSORS * _COLUMNS)
     large, small = (step * math.ceil(rows / step) for rows in (_LARGE, _SMALL))
     try:
-        large_s, small_s = (_handling_s(lockstep, compressor, speed, rows) for rows in (large, small))
+        (large_s, coded), (small_s, _) = (_exchange_s(lockstep, compressor, rows) for rows in (large, small))
     except PayloadError:  # on every rank, since all have the same
         return speed
-    per_row = max(0.0, large_s - small_s) / max(1, large - small)
-    return speed.model_copy(
-        update={"handle_s": per_row / (_TENSORS * _COLUMNS), "handle_call_s": max(0.0, small_s - small * per_row)}
+    numel = large * _TENSORS * _COLUMNS
+    element_s = max(0.0, large_s - small_s) / max(1, numel - small * _TENSORS * _COLUMNS)
+    call_s = max(0.0, small_s - small * _TENSORS * _COLUMNS * element_s)
+    coded_s = sum(one.encoded * speed.encode_s + one.decoded * speed.decode_s for one in coded) / numel
+    called_s = sum(one.encodes * speed.encode_call_s + one.decodes * speed.decode_call_s for one in coded)
+    per_element, per_call = (min(1.0, a / b) if b else 1.0 for a, b in ((element_s, coded_s), (call_s, called_s)))
+    return CodecSpeed(
+        encode_s=per_element * speed.encode_s,
+        decode_s=per_element * speed.decode_s,
+        encode_call_s=per_call * speed.encode_call_s,
+        decode_call_s=per_call * speed.decode_call_s,
+        handle_s=max(0.0, element_s - coded_s),
+        handle_call_s=max(0.0, call_s - called_s),
     )
 
 
-def _handling_s(lockstep: Lockstep, compressor: Compressor, speed: CodecSpeed, rows: int) -> float:
+def _exchange_s(lockstep: Lockstep, compressor: Compressor, rows: int) -> tuple[float, list[Coding]]:
+    """Seconds of a group's exchange between echoes, and the coding in it."""
     size = lockstep.queue.size
     generator = torch.Generator().manual_seed(0)
     gradients = {
@@ -92,9 +104,9 @@ def _handling_s(lockstep: Lockstep, compressor: Compressor, speed: CodecSpeed, r
 
     exchange()  # the first call compiles, and measures the compression error
     taken_s = min(lockstep.time_computing(exchange, _CALLS))
-    codings = [c for lane in pipeline.lanes(gradients) for s in lane.stages(0, size, fused=True) for c in s.coding]
-    bare = speed.model_copy(update={"handle_s": 0.0, "handle_call_s": 0.0})
-    return max(0.0, taken_s - sum(one_coding_s(coding, bare) for coding in codings))
+    return taken_s, [
+        c for lane in pipeline.lanes(gradients) for s in lane.stages(0, size, fused=True) for c in s.coding
+    ]
 
 
 def _pipeline(compressor: Compressor, shapes: dict[str, torch.Size], size: int) -> Pipeline:

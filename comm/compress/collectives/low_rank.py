@@ -16,7 +16,7 @@ from thinwire.comm.compress.collectives.contribution import fill_with_nan, nothi
 from thinwire.comm.compress.collectives.flat import shaped_like
 from thinwire.comm.compress.compressors.dense import saturating_cast
 from thinwire.comm.compress.compressors.low_rank import FACTOR_DTYPES, LowRank, orthonormalise, random_start
-from thinwire.comm.compress.decoded import Decoded, add_to
+from thinwire.comm.compress.decoded import Decoded
 from thinwire.comm.finite import are_finite
 from thinwire.comm.two_shot import TwoShotMean
 
@@ -59,46 +59,43 @@ class LowRankMean:
     def mean(self, channel: Channel, job: Job) -> list[Decoded] | None:
         """As in Collective."""
         weight = 1.0 if job.weights is None else job.weights[channel.rank]
-        tensors = list(job.inputs)
-        if job.memories is not None:
-            for x, (memory, next_memory) in zip(job.inputs, job.memories, strict=True):
-                torch.add(x, memory, out=next_memory)
-            tensors = [after for _, after in job.memories]
-        finite = are_finite(tensors)
-        whole, batches = self._sort([x.shape for x in tensors])
-        matrices = [torch.stack([tensors[i].reshape(b.rows, b.columns) for i in b.places]) for b in batches]
+        device = job.inputs[0].device
+        whole, batches = self._sort([x.shape for x in job.inputs])
+        rest = [_given(job, i, torch.empty_like(job.inputs[i])) for i in whole]
+        matrices = [torch.empty(len(b.places), b.rows, b.columns, device=device) for b in batches]
+        for batch, stack in zip(batches, matrices, strict=True):
+            for i, matrix in zip(batch.places, stack, strict=True):
+                _given(job, i, matrix)
+        finite = are_finite([*rest, *matrices])
 
-        whole_mean = self._mean_whole(channel, [tensors[i] for i in whole], weight)
-        starts = [self._start(b, job, tensors[0].device) for b in batches]
+        whole_mean = self._mean_whole(channel, rest, weight)
+        starts = [self._start(b, job, device) for b in batches]
         left, _ = self._mean_factors(channel, [m @ q for m, q in zip(matrices, starts, strict=True)], weight, finite)
         broken = not are_finite([*left, *whole_mean])  # the same on every rank; the bytes of a step stay the same too
         left = [orthonormalise(p.zero_() if broken else p) for p in left]
         products = [m.mT @ p for m, p in zip(matrices, left, strict=True)]
         right, own = self._mean_factors(channel, products, weight, finite and not broken)
-        means = [p @ q.mT for p, q in zip(left, right, strict=True)]
-        if broken or not are_finite(means):
+        if broken or not all(_product_is_finite(q) for q in right):
             fill_with_nan(job.outputs)
             return None
 
-        contributed: list[Decoded] = nothing(tensors)
-        if weight:
-            for i in whole:
-                contributed[i] = tensors[i].flatten().clone()
-            for batch, p, q in zip(batches, left, own, strict=True):
-                for i, product in zip(batch.places, p @ q.mT, strict=True):
-                    contributed[i] = product.view(-1)
-        for i, x in zip(whole, whole_mean, strict=True):
-            job.outputs[i].copy_(x)
-        for batch, mean, start, q in zip(batches, means, starts, right, strict=True):
-            for i, product, before, after in zip(batch.places, mean, start, q, strict=True):
-                job.outputs[i].copy_(product.view_as(job.outputs[i]))
+        contributed: list[Decoded] = nothing(job.inputs)
+        for i, x, mean in zip(whole, rest, whole_mean, strict=True):
+            job.outputs[i].copy_(mean)
+            if job.memories is not None:
+                torch.sub(x, x if weight else 0.0, out=job.memories[i][1])  # it is sent whole, or not at all
+            elif weight:
+                contributed[i] = x.view(-1)
+        for batch, *stacks in zip(batches, matrices, starts, left, right, own, strict=True):
+            for i, matrix, start, p, q, mine in zip(batch.places, *stacks, strict=True):
+                torch.mm(p, q.mT, out=job.outputs[i].view_as(matrix))
                 # From a Q of zeros nothing can start; a gradient that was zero tells nothing new.
-                self._staged[job.names[i]] = after if bool(after.any()) else before
-        if job.memories is None:
-            return contributed
-        for x, sent in zip(tensors, contributed, strict=True):
-            add_to(x, sent, -1.0)
-        return []
+                self._staged[job.names[i]] = q if bool(q.any()) else start
+                if job.memories is not None:
+                    torch.addmm(matrix, p, mine.mT, alpha=-1 if weight else 0, out=job.memories[i][1].view_as(matrix))
+                elif weight:
+                    contributed[i] = (p @ mine.mT).view(-1)
+        return contributed if job.memories is None else []
 
     def commit(self) -> None:
         """Keep the Q of this step."""
@@ -196,3 +193,17 @@ class LowRankMean:
             own /= weight
         self._factor_mean(channel, flat)
         return shaped_like(flat.to(torch.float32), factors), shaped_like(own, factors)
+
+
+def _given(job: Job, i: int, out: Tensor) -> Tensor:
+    """out <- the input of a tensor, with its memory; returns out, which has as many elements."""
+    x = job.inputs[i].view_as(out)
+    return out.copy_(x) if job.memories is None else torch.add(x, job.memories[i][0].view_as(out), out=out)
+
+
+def _product_is_finite(right: Tensor) -> bool:
+    """Whether P Q^T is, for any P whose columns are orthonormal: no entry of it is larger than one row of Q adds up to.
+
+    right: fp32 (batch, columns, rank).
+    """
+    return bool(torch.isfinite(right.abs().sum(-1)).all())

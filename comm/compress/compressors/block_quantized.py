@@ -122,13 +122,12 @@ class BlockQuantized(Compressor):
         return payload, *self.planes(payload, tensor.numel())
 
     def _has_lowest(self, codes: Tensor) -> bool:
-        """Whether any code is the one whose top bit alone is set: -levels - 1, which no encoder writes."""
-        if self.bits == 8:
-            return bool((codes == 0x80).any())
-        lowest = codes & (0x88 if self.bits == 4 else 0xAA)
-        for shift in range(1, self.bits):
-            lowest &= ~(codes << shift)
-        return bool(lowest.any())
+        """Whether any code is the one whose top bit alone is set: -levels - 1, which no encoder writes.
+
+        Moved to the top of its byte, with nothing below, that code alone is the least number of 8 bits.
+        """
+        top = 0x100 - (1 << 8 - self.bits)
+        return any(int((codes << shift & top).view(torch.int8).amin()) == -128 for shift in range(0, 8, self.bits))
 
 
 class Int8(BlockQuantized):
