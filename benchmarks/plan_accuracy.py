@@ -6,7 +6,7 @@ Four emulated hosts. For each link `thinwire probe` measures, of the demo's mode
 that and each method's settings comes the foretold step; the measured one is the median of the steady steps of a run in
 the lab, on the same machine, each rank with processors of its own. The ratio is foretold / measured.
 
-This machine's speed changes by a quarter within minutes. So every four methods are run between two probes, and the
+This machine's speed changes by a fifth within minutes. So every four methods are run between two probes, and the
 foretold step is the mean of what these two foretell; how far they differ is told beside it. A probe or a run that is
 there is not made again: both belong to the same minutes.
 """
@@ -78,8 +78,8 @@ def main() -> None:
     for ranks_per_host in options.ranks_per_host:
         machine = Machine(HOSTS, ranks_per_host)
         ways = (*WAYS, *(OF_TWO_LEVELS if ranks_per_host > 1 else ()))
-        for number in range(-(-len(ways) // BETWEEN_PROBES)):
-            together = ways[BETWEEN_PROBES * number : BETWEEN_PROBES * (number + 1)]
+        for number, first in enumerate(range(0, len(ways), BETWEEN_PROBES)):
+            together = ways[first : first + BETWEEN_PROBES]
             wanted = [way for way in together if not options.only or any(part in way.label for part in options.only)]
             if not wanted:
                 continue

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 
-from thinwire.comm.forecast import Forecast
+from thinwire.comm.forecast import Exchange, Forecast
 from thinwire.comm.meter import TrafficMeter
 
 Sent = dict[str, dict[str, float]]
@@ -13,38 +14,32 @@ Sent = dict[str, dict[str, float]]
 
 def bytes_of(forecast: Forecast, steps: int) -> Sent:
     """What so many steps will send."""
-    found: dict[str, Counter[str]] = {}
-    for exchange in forecast.exchanges:
-        for level, count in exchange.sent_bytes.items():
-            found.setdefault(exchange.operation, Counter())[level] += count * exchange.per_step * steps  # type: ignore[assignment]
-    return {operation: dict(levels) for operation, levels in found.items()}
+    return _in_steps(steps, ((one, one.sent_bytes) for one in forecast.exchanges))
 
 
 def metered(meter: TrafficMeter) -> Sent:
     """What the methods' own operations have sent; those of control are not foretold."""
-    return {
-        operation: {level: float(entry["sent_bytes"]) for level, entry in levels.items() if entry["sent_bytes"]}
-        for operation, levels in meter.snapshot()["operations"].items()
-        if not operation.startswith("control/")
-    }
-
-
-def calls(meter: TrafficMeter) -> Sent:
-    """How often each operation has waited for others, by level."""
-    return {
-        operation: {level: float(entry["calls"]) for level, entry in levels.items()}
-        for operation, levels in meter.snapshot()["operations"].items()
-        if not operation.startswith("control/")
-    }
+    told = _told(meter, "sent_bytes")
+    return {operation: {level: n for level, n in levels.items() if n} for operation, levels in told.items()}
 
 
 def shots_of(forecast: Forecast, steps: int) -> Sent:
     """What calls() will have counted after so many steps."""
-    found: dict[str, Counter[str]] = {}
+    return _in_steps(steps, ((one, one.shots) for one in forecast.exchanges))
+
+
+def calls(meter: TrafficMeter) -> Sent:
+    """How often each operation has waited for others, by level."""
+    return _told(meter, "calls")
+
+
+def foretold(forecast: Forecast, steps: int) -> dict[str, int]:
+    """By level, in so many steps from the beginning; what comes every n steps comes with the last of them."""
+    total: Counter[str] = Counter()
     for exchange in forecast.exchanges:
-        for level, count in exchange.shots.items():
-            found.setdefault(exchange.operation, Counter())[level] += count * exchange.per_step * steps  # type: ignore[assignment]
-    return {operation: dict(levels) for operation, levels in found.items()}
+        for level, count in exchange.sent_bytes.items():
+            total[level] += count * int(steps * exchange.per_step + 1e-9)
+    return {level: count for level, count in total.items() if count}
 
 
 def since(after: Sent, before: Sent) -> Sent:
@@ -58,3 +53,20 @@ def since(after: Sent, before: Sent) -> Sent:
 
 def total(sent: Sent) -> dict[str, float]:
     return dict(sum((Counter(levels) for levels in sent.values()), Counter()))
+
+
+def _in_steps(steps: int, counts: Iterable[tuple[Exchange, Mapping[str, float]]]) -> Sent:
+    found: Sent = {}
+    for exchange, by_level in counts:
+        levels = found.setdefault(exchange.operation, {})
+        for level, count in by_level.items():
+            levels[level] = levels.get(level, 0.0) + count * exchange.per_step * steps
+    return found
+
+
+def _told(meter: TrafficMeter, what: str) -> Sent:
+    return {
+        operation: {level: float(entry[what]) for level, entry in levels.items()}
+        for operation, levels in meter.snapshot()["operations"].items()
+        if not operation.startswith("control/")
+    }

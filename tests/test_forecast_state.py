@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contract_rows import METHODS, OPENED, Row
 from contract_run import WIDTH, Run, batch, make_model
+from metered import foretold
 from ranks import Rank, run_ranks
 from torch import nn
 from torch_threads import TorchRank, run_torch_ranks
-from worlds import close_world, small_text, thread_world, torch_world
 
 from thinwire.comm.balance.forecast import forecast_balance
 from thinwire.comm.balance.settings import BalanceSettings
-from thinwire.comm.forecast import Forecast, Parameter, Seat, seat_of
+from thinwire.comm.forecast import Parameter, Seat, seat_of
 from thinwire.comm.gossip.agent import Agent
 from thinwire.comm.gossip.build import build_agent, make_plan
 from thinwire.comm.gossip.forecast import forecast_gossip
@@ -34,15 +32,6 @@ from thinwire.comm.partition.forecast import forecast_partition, gathered_bytes
 from thinwire.comm.partition.optimizer import PartitionedOptimizer
 from thinwire.comm.partition.settings import PartitionSettings
 from thinwire.comm.partition.traffic import UnitShapes, unit_shapes
-from thinwire.dist.config import RunConfig, load_config
-from thinwire.dist.gossip_train import GossipTrainer
-from thinwire.dist.metrics import Record
-from thinwire.dist.models import build_model
-from thinwire.dist.plan.forecasts import Subject, forecast_run
-from thinwire.dist.plan.prediction import subject_of
-from thinwire.dist.plan.trace import StepTrace
-from thinwire.dist.train import Trainer
-from thinwire.dist.zeroth_order import ZerothOrderTrainer
 
 SIZE = 3
 LEVELS = [["self", "node", "world"], ["node", "self", "world"], ["world", "world", "self"]]
@@ -72,15 +61,6 @@ def seat(rank: int) -> Seat:
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
     return [Parameter(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
-
-
-def foretold(forecast: Forecast, steps: int) -> dict[str, int]:
-    """By level, in so many steps from the beginning; what comes every n steps comes with the last of them."""
-    total: Counter[str] = Counter()
-    for exchange in forecast.exchanges:
-        for level, count in exchange.sent_bytes.items():
-            total[level] += count * int(steps * exchange.per_step + 1e-9)
-    return {level: count for level, count in total.items() if count}
 
 
 def sent(meter: TrafficMeter) -> dict[str, int]:
@@ -267,112 +247,6 @@ def live(agent: Agent) -> Script[None]:
         yield from agent.after_step()
 
 
-class Kept:
-    """A sink, and the trainer that fills it."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
-
-
-def small(name: str, folder: Path, *overrides: str) -> RunConfig:
-    """A run of configs/, with its method and its settings, of a small model on a small text."""
-    text = [
-        "model.layers=1",
-        "model.heads=2",
-        "model.width=32",
-        "model.context=32",
-        f"data={{corpus: files, files: {small_text()}, validation_fraction: 0.2}}",
-        "train={steps: 10, global_batch: 8, micro_batch: 1, eval_windows: 0}",
-        f"output.folder={folder}",
-    ]
-    return load_config(Path("configs") / f"{name}.yaml", [*text, *overrides])
-
-
-def run_all(config: RunConfig, world: Any) -> list[Record]:
-    kept = Kept()
-    trainers = {"gossip": GossipTrainer, "onebyte": ZerothOrderTrainer}
-    try:
-        trainers.get(config.method.kind, Trainer)(config, world).run([kept])  # type: ignore[attr-defined]
-    finally:
-        close_world(world)
-    return kept.records
-
-
-EXPERTS = ("model.experts=4", "model.expert_width=16")
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("partition", ("model.layers=3", "train.parameters=['blocks.2.*']")),  # of frozen blocks backward fetches one
-        ("partition_quantised", ()),
-        ("moe_8m", EXPERTS),
-    ],
-    ids=["frozen blocks", "quantised", "experts"],
-)
-def test_runs_on_two_levels_send_what_is_foretold(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    config = small(name, tmp_path, "train.steps=2", *overrides)
-    subject = subject_of(config, 4)
-
-    def work(rank: TorchRank) -> None:
-        forecast = forecast_run(subject, seat_of([("node", 2), ("world", 4)], rank.rank))
-        assert forecast.exact
-        for record in run_all(config, torch_world(rank)):
-            assert record["sent_bytes_by_level"] == foretold(forecast, 1)
-
-    run_torch_ranks((2, 4), work)
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides"),
-    [
-        ("gossip", ("method.schedule.every=2", "train.steps=8")),
-        ("onebyte_gpt", ("method.samples=2", "method.snapshot_every=2", "train.steps=3")),
-    ],
-)
-def test_runs_among_equal_ranks_send_what_is_foretold(name: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    config = small(name, tmp_path, *overrides)
-    subject = subject_of(config, 4)
-
-    def work(rank: Rank) -> None:
-        forecast = forecast_run(subject, seat_of([("node", 4)], rank.rank))
-        assert forecast.exact
-        records = run_all(config, thread_world(rank))
-        total: Counter[str] = Counter()
-        for record in records:
-            total.update(record["sent_bytes_by_level"])
-        assert total == foretold(forecast, len(records))
-
-    run_ranks(4, work)
-
-
-def test_runs_with_spread_experts_send_what_is_foretold_but_for_uneven_loads(tmp_path: Path) -> None:
-    config = small("moe_expert_parallel", tmp_path, "train.steps=2", *EXPERTS)
-    subject = subject_of(config, 4)
-
-    def work(rank: TorchRank) -> None:
-        forecast = forecast_run(subject, seat_of([("node", 2), ("world", 4)], rank.rank))
-        world = torch_world(rank)
-        run_all(config, world)
-        for operation in ("allreduce", "balance", "experts/counts", "experts/weight_gradients", "experts/norm"):
-            assert foretold(part(forecast, operation), 2) == world.meter.sent_bytes(operation), operation
-        for operation in ("experts/rows", "experts/gradients"):
-            found = world.meter.sent_bytes(operation)
-            assert foretold(part(forecast, operation), 2) == pytest.approx(found, rel=0.5), operation
-
-    run_torch_ranks((2, 4), work)
-
-
-def part(forecast: Forecast, operation: str) -> Forecast:
-    return Forecast(tuple(e for e in forecast.exchanges if e.operation.startswith(operation)))
-
-
 def test_whole_weights_in_use_are_the_roots_and_of_two_blocks() -> None:
     sizes = {"root": 640, "small": 64, "large": 320}
     units = [UnitShapes({name: torch.Size([numel])}, {}, is_root=name == "root") for name, numel in sizes.items()]
@@ -381,35 +255,3 @@ def test_whole_weights_in_use_are_the_roots_and_of_two_blocks() -> None:
         settings = PartitionSettings(params=params, grads="world", optim="world")
         assert gathered_bytes(settings, units, place, prefetch=1, compute_dtype=torch.bfloat16) == expected
     assert gathered_bytes(PartitionSettings(), units, place, prefetch=0) == 4 * (640 + 320)
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides", "size", "message"),
-    [
-        ("gossip", ("method.graph=auto", "train.global_batch=600"), 600, "method.graph: auto compares graphs by their"),
-        ("gossip", ("method.algorithm=decentlam", "method.schedule=every"), 4, "optimizer.kind: adamw, but method.alg"),
-        ("gossip_machines", (), 4, "method.machines.machines: 3 addresses, but the cluster has 4 ranks"),
-        ("partition", ("method.params=rack",), 4, "method.params: the machine has no level 'rack'"),
-        ("onebyte_gpt", ("method.exchange={kind: flood, graph: hypercube}", "train.global_batch=6"), 6, "hypercube"),
-        (
-            "moe_expert_parallel",
-            (*EXPERTS, "model.expert_parallel=rack"),
-            4,
-            "model.expert_parallel: there is no level",
-        ),
-        ("moe_expert_parallel", (*EXPERTS, "model.experts=5"), 4, "model.experts: 5 cannot be shared equally by the 2"),
-    ],
-)
-def test_what_does_not_fit_is_refused(
-    name: str, overrides: tuple[str, ...], size: int, message: str, tmp_path: Path
-) -> None:
-    config = small(name, tmp_path, *overrides)
-    subject = Subject(config, *_model_of(config))
-    with pytest.raises(ValueError, match=message):
-        forecast_run(subject, seat_of([("node", 2), ("world", size)], 1))
-
-
-def _model_of(config: RunConfig) -> tuple[nn.Module, StepTrace]:
-    """Without the seconds that a trace takes."""
-    model = build_model(config.model, tokenizer_vocab=256, seed=0, device=torch.device("meta"))
-    return model, StepTrace(1, 1, tuple((name, 1.0) for name, _ in model.named_parameters()), 0)
