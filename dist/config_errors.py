@@ -134,7 +134,13 @@ def _type_name(annotation: Any) -> str:
         inner, info = get_args(annotation)[:2]
         return _type_name(inner) + _bounds(info.metadata)
     annotation = _bare(annotation)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text (quote it if need be)"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text (quote it if need be)",
+        type(None): "null",
+    }
     if annotation in names:
         return names[annotation]
     if get_origin(annotation) is Literal:

@@ -229,7 +229,7 @@ HOSTILE = [
     (("device", "peak_flops"), float("nan"), "peak_flops"),
     (("measured", "hosts"), ["a"], "measured.hosts"),
     (("measured", "cpu_s_per_byte"), -1, "cpu_s_per_byte"),
-    (("measured", "drift"), -1, "drift"),
+    (("measured", "drift"), -1, "drift: -1 cannot be used; give a number or null above -1"),
     (("measured", "computes", 0, "forward_s"), "soon", "forward_s"),
     (("measured", "pairs", "bps"), [[1.0]], "measured.pairs"),
     (("measured", "collectives", 0, "operation"), "gossip", "operation"),
