@@ -2,8 +2,9 @@
 
     python benchmarks/run_all.py [--quick] [--only PART ...] [--out FOLDER]
 
-Each script runs with arguments that keep it short, and is stopped when it takes longer than its limit; what the README
-cites was measured with the arguments that stand there. Of each, the folder gets the JSON, the plot and the output; at
+Each script runs with arguments that keep it short, and is stopped when it takes longer than its limit and what the
+scripts before it have left of theirs (the limits together are the hour); what the README cites was measured with the
+arguments that stand there. Of each, the folder gets the JSON, the plot and the output; at
 the end a table says which claim was measured in how many seconds, and what failed.
 """
 
@@ -47,12 +48,14 @@ def main() -> None:
     keep_what_was_learned(HERE / "results" / "time_to_loss_runs.json", options.out / "kept" / "runs.json")
     chosen = [script for script in SCRIPTS if not options.only or any(part in script.name for part in options.only)]
     results = []
+    left_s = 0.0
     for script in chosen:
         arguments = script.quick if options.quick else script.arguments
         if arguments is not None:
-            limit_s = script.quick_limit_s if options.quick else script.limit_s
-            results.append(run(script, arguments, limit_s, options.out))
-            told = results[-1]
+            left_s += script.quick_limit_s if options.quick else script.limit_s
+            told = run(script, arguments, left_s, options.out)
+            left_s = max(0.0, left_s - told.seconds)
+            results.append(told)
             print(f"{told.seconds:6.0f} s  {script.name}  {told.problem or told.claim}", flush=True)
     summary = [vars(result) for result in results]
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -63,7 +66,7 @@ def main() -> None:
 
 
 def run(script: Script, arguments: Sequence[str], limit_s: float, folder: Path) -> Result:
-    """Run one script; it and what it has started end with its limit."""
+    """Run one script; it and what it has started end after limit_s."""
     command = [
         sys.executable,
         str(HERE / f"{script.name}.py"),

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Script:
     """One benchmark.
 
-    arguments: of `make bench`; OUT stands for the folder of the results. limit_s: seconds until it is stopped there.
+    arguments: of `make bench`; OUT stands for the folder of the results. limit_s: seconds until it is stopped there,
+    beside those that earlier scripts have left.
     quick: of `make bench-quick`; None = not a part of it. plots: whether it takes --plot.
     """
 

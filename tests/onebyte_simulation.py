@@ -295,3 +295,28 @@ class Simulation:
             f"{m.core.failure or ''}"
             for m in self.machines
         )
+
+
+def together(machines: int, seed: int = 0, **settings: object) -> Simulation:
+    """Machines that have all committed a few rounds."""
+    run = Simulation(seed, wait_for=machines, **settings)
+    for _ in range(machines):
+        run.add(samples=3)
+    run.run_until(lambda: all(m.ledger.log.rounds > 3 for m in run.machines), 60)
+    return run
+
+
+def leader(run: Simulation) -> Machine:
+    return next(m for m in run.machines if m.alive and not m.stopped and m.core.leads)
+
+
+def everyone_goes_on(run: Simulation, rounds: int = 3, limit_s: float = 100.0) -> None:
+    """All that are up commit some more rounds, with all of them in the roster, and agree on all."""
+    up = [m for m in run.machines if m.alive and not m.stopped]
+    goal = max(m.ledger.log.rounds for m in up) + rounds
+    run.run_until(lambda: all(m.ledger.log.rounds >= goal and m.core.place.member for m in up), limit_s)
+    run.check_models()
+
+
+def records(machine: Machine, kind: type) -> list:
+    return [record for record in machine.ledger.log if isinstance(record, kind)]

@@ -115,6 +115,10 @@ def test_round_trip(compressor: Compressor, shape: tuple[int, ...]) -> None:
         # A receiver finds payloads anywhere in its buffer.
         shifted = torch.cat([payload.new_zeros(3), payload])[3:]
         assert torch.equal(to_dense(compressor.decode(shifted, x.shape, DRAW)), to_dense(decoded))
+        if compressor.elementwise:
+            into = torch.full((x.numel(),), torch.nan)
+            compressor.decode_into(shifted, into, DRAW)
+            assert same_bits(into, to_dense(decoded))
 
 
 @every_compressor
@@ -129,6 +133,9 @@ def test_feedback_is_what_its_definition_says_bit_for_bit(compressor: Compressor
             by_definition = Compressor.encode_with_feedback(compressor, x, memory, expected, DRAW)
             assert torch.equal(payload, by_definition)
             assert same_bits(left, expected)
+            if compressor.elementwise:
+                assert torch.equal(compressor.encode_with_feedback(x, kept, kept, DRAW), payload)
+                assert same_bits(kept, expected)
 
 
 @every_compressor

@@ -35,22 +35,45 @@ def test_the_recommendation_is_the_plans_and_its_regret_the_measured_one(
 
     by_label = {way.label: way for way in plan_recommendation.WAYS}
 
-    def result(label: str, steps: float, step_s: float) -> Any:
-        return Result(by_label[label], steps, 120, 2.0, {1e8: step_s}, 0.0)
+    def measured(label: str, steps: float, *step_s: float) -> Any:
+        first = Result(by_label[label], steps, 120, 2.0, {1e8: step_s[0]}, 0.0)
+        return plan_recommendation.Measured(first, {1e8: step_s})
 
     found = [
-        result("thinwire all-reduce, fp32", 90, 2.0),
-        result("thinwire low rank 16", 100, 1.0),
-        result("thinwire int4", 100, 1.1),
+        measured("thinwire all-reduce, fp32", 90, 2.0),
+        measured("thinwire low rank 16", 100, 0.9, 1.1),
+        measured("thinwire int4", 100, 1.1, 1.3),
     ]
     chosen = load_config(plan_recommendation.CONFIGS / "demo.yaml", by_label["thinwire int4"].overrides)
     best = SimpleNamespace(candidate=SimpleNamespace(config=chosen), seconds=lambda steps: 1.2 * steps)
     monkeypatch.setattr(plan_recommendation, "compare", lambda config, cluster: SimpleNamespace(best=best))
-    row = plan_recommendation.row_of(found, 1e8, None)
-    assert (row["recommended"], row["best"]) == ("thinwire int4", "thinwire low rank 16")
+    row = plan_recommendation.row_of(found, 1e8, 1, None)
+    assert (row["pass"], row["recommended"], row["best"]) == (2, "thinwire int4", "thinwire low rank 16")
     assert row["foretold s"] == pytest.approx(1.2 * 90)
-    assert row["regret"] == pytest.approx(110 / 100 - 1)
+    assert row["regret"] == pytest.approx(120 / 100 - 1)
+    assert row["apart"] == pytest.approx(1.3 / 1.1)
     assert by_label.keys() >= {way.label for way in OURS}
+
+
+def test_only_what_is_near_the_best_is_timed_again(benchmarks: Path) -> None:
+    import plan_recommendation
+    from time_to_loss import Result
+
+    asked: list[tuple[str, list[float]]] = []
+
+    class Runs:
+        def get(self, way: Any, machine: Any, steps: int, rates: list[float]) -> Any:
+            asked.append((way.label, rates))
+            return SimpleNamespace(timings={rate: SimpleNamespace(seconds=3.0) for rate in rates}, error="")
+
+    def measured(way: Any, fast: float, slow: float) -> Any:
+        result = Result(way, 100, 120, 2.0, {1e9: fast, 1e7: slow}, 0.0)
+        return plan_recommendation.Measured(result, {1e9: [fast], 1e7: [slow]})
+
+    dense, other = plan_recommendation.WAYS[:2]
+    again = plan_recommendation.another_pass(Runs(), [measured(dense, 1.0, 9.0), measured(other, 1.4, 1.0)], [1e9, 1e7])
+    assert asked == [(dense.label, [1e9]), (other.label, [1e9, 1e7])]
+    assert [one.step_s for one in again] == [{1e9: [1.0, 3.0], 1e7: [9.0]}, {1e9: [1.4, 3.0], 1e7: [1.0, 3.0]}]
 
 
 def test_what_a_plan_offers_is_what_is_measured(benchmarks: Path) -> None:

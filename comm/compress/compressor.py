@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from thinwire.comm.compress.decoded import Decoded, add_to
+from thinwire.comm.compress.decoded import Decoded, add_to, to_dense
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.settings import Settings
 
@@ -54,12 +54,23 @@ class Compressor(Settings):
             PayloadError: the bytes are not a payload of this compressor for this shape.
         """
 
+    def decode_into(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        """out <- decode(payload), for elementwise compressors: equal bits, one pass where there is a kernel for that.
+
+        Args:
+            out: fp32, flat, contiguous, with as many elements as were encoded.
+        Raises:
+            PayloadError: as decode(); what is in `out` then is not defined.
+        """
+        out.copy_(to_dense(self.decode(payload, out.shape, draw)))
+
     def encode_with_feedback(self, gradient: Tensor, memory: Tensor, next_memory: Tensor, draw: Draw) -> Tensor:
         """Encode c = gradient + memory, and write next_memory <- c - decode(payload): what was left behind.
 
         This is the definition; a compressor with a fused kernel overrides it, with equal bits.
 
-        Args: contiguous fp32 tensors of one shape; next_memory shares memory with neither of the others.
+        Args: contiguous fp32 tensors of one shape. next_memory shares memory with neither of the others, but may be
+            `memory` itself if the compressor is elementwise.
         """
         torch.add(gradient, memory, out=next_memory)
         payload = self.encode(next_memory, draw)

@@ -131,6 +131,18 @@ def decode(compressor: Compressor, payload: Tensor, shape: torch.Size, draw: Dra
     return torch.empty(0, dtype=torch.float32, device=payload.device)
 
 
+def decode_into(compressor: Compressor, payload: Tensor, out: Tensor, draw: Draw, *, sender: int) -> None:
+    """out <- decode(), out being flat and fp32.
+
+    Raises:
+        PayloadError: as decode().
+    """
+    if out.numel():
+        compressor.decode_into(payload, out, replace(draw, rank=sender))
+    else:
+        decode(compressor, payload, out.shape, draw, sender=sender)
+
+
 def fill_with_nan(outputs: Sequence[Tensor]) -> None:
     """What the outputs are when an input of any rank was not finite."""
     for output in outputs:

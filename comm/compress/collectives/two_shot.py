@@ -15,7 +15,7 @@ from thinwire.comm.compress.collective import Job
 from thinwire.comm.compress.collectives.contribution import (
     Envelope,
     contribute,
-    decode,
+    decode_into,
     expected_bytes,
     fill_with_nan,
     nothing,
@@ -25,7 +25,7 @@ from thinwire.comm.compress.collectives.flat import as_one, copy_back, joined, s
 from thinwire.comm.compress.collectives.owner_errors import OwnerErrors
 from thinwire.comm.compress.collectives.reduce import mean_of_payloads
 from thinwire.comm.compress.compressor import Compressor
-from thinwire.comm.compress.decoded import Decoded, to_dense
+from thinwire.comm.compress.decoded import Decoded
 from thinwire.comm.compress.draw import Draw
 from thinwire.comm.finite import are_finite
 from thinwire.comm.two_shot import is_worth_rounds, split_evenly
@@ -90,9 +90,10 @@ class TwoShot:
             return None
 
         result = as_one(job.outputs)
-        result = torch.empty_like(flat) if result is None else result
+        if result is None:
+            result = torch.empty_like(flat) if as_one(job.inputs) is not None else flat
         for owner, (message, part) in enumerate(zip(means, result.split(splits), strict=True)):
-            part.copy_(self._decode(message.sections[0], part.numel(), _of_mean(draws[owner]), owner))
+            decode_into(self.compressor, message.sections[0], part, _of_mean(draws[owner]), sender=owner)
         copy_back(result, job.outputs)
         if not are_finite([result]):
             fill_with_nan(job.outputs)
@@ -101,8 +102,10 @@ class TwoShot:
             return []
         if absent[rank]:
             return nothing(job.inputs)
-        own = [self._decode(payload, splits[o], draws[o], rank) for o, payload in enumerate(payloads)]
-        return list(split_like(torch.cat(own), job.inputs))
+        own = torch.empty_like(flat)
+        for payload, part, draw in zip(payloads, own.split(splits), draws, strict=True):
+            decode_into(self.compressor, payload, part, draw, sender=rank)
+        return list(split_like(own, job.inputs))
 
     def commit(self) -> None:
         """Keep the owner's errors."""
@@ -191,9 +194,6 @@ class TwoShot:
         channel.all_gather(received, slot, slots, in_rounds=is_worth_rounds(self._length(splits[0])))
         return self._envelope.unpack(received, lengths, [False] * size, 1)
 
-    def _decode(self, payload: Tensor, numel: int, draw: Draw, sender: int) -> Tensor:
-        return to_dense(decode(self.compressor, payload, torch.Size([numel]), draw, sender=sender))
-
     def _length(self, numel: int, absent: bool = False) -> int:
         return expected_bytes(self.compressor, [torch.Size([numel])], absent=absent)
 
@@ -207,7 +207,9 @@ def _join_memories(job: Job, splits: Sequence[int]) -> tuple[Tensor | None, list
     """The flat tensor that receives the next memories, and (memory, next_memory) of every slice."""
     if job.memories is None:
         return None, None
-    memory = joined([before for before, _ in job.memories])
+    before = [before for before, _ in job.memories]
+    memory = joined(before)
     next_flat = as_one([after for _, after in job.memories])
-    next_flat = torch.empty_like(memory) if next_flat is None else next_flat
+    if next_flat is None:  # a joined copy may be written over
+        next_flat = memory if as_one(before) is None else torch.empty_like(memory)
     return next_flat, list(zip(memory.split(splits), next_flat.split(splits), strict=True))

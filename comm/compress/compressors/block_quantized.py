@@ -76,6 +76,10 @@ class BlockQuantized(Compressor):
         codes, scales = self.checked_planes(payload, numel)
         return dequantize(codes, scales, bits=self.bits, block=self.block, numel=numel)
 
+    def decode_into(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        codes, scales = self.checked_planes(payload, out.numel())
+        dequantize(codes, scales, bits=self.bits, block=self.block, numel=out.numel(), out=out)
+
     def checked_planes(self, payload: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         """planes(), for a payload from another rank.
 
@@ -127,7 +131,8 @@ class BlockQuantized(Compressor):
         Moved to the top of its byte, with nothing below, that code alone is the least number of 8 bits.
         """
         top = 0x100 - (1 << 8 - self.bits)
-        return any(int((codes << shift & top).view(torch.int8).amin()) == -128 for shift in range(0, 8, self.bits))
+        moved = [codes] if self.bits == 8 else (codes << shift & top for shift in range(0, 8, self.bits))
+        return any(int(each.view(torch.int8).amin()) == -128 for each in moved)
 
 
 class Int8(BlockQuantized):

@@ -12,7 +12,7 @@ from thinwire.comm.compress.compressors.planes import need_bytes, need_finite, p
 from thinwire.comm.compress.draw import Draw
 
 
-class _Cast(Compressor):
+class Cast(Compressor):
     """C(x) = cast(x), to nearest even. Magnitudes beyond the largest of the dtype become that one, not infinite."""
 
     fixed_size: ClassVar[bool] = True
@@ -26,9 +26,21 @@ class _Cast(Compressor):
         return saturating_cast(tensor, self.dtype).view(-1).view(torch.uint8)
 
     def decode(self, payload: Tensor, shape: torch.Size, draw: Draw) -> Tensor:
-        need_bytes(payload, self.payload_bytes(shape), type(self).__name__)
-        values = plane(payload, 0, shape.numel(), self.dtype)
-        return need_finite(values.to(torch.float32, copy=True), type(self).__name__)
+        out = torch.empty(shape.numel(), dtype=torch.float32, device=payload.device)
+        self.decode_into(payload, out, draw)
+        return out
+
+    def decode_into(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        need_finite(out.copy_(self.values(payload, out.numel())), type(self).__name__)
+
+    def values(self, payload: Tensor, numel: int) -> Tensor:
+        """The elements of a payload as they were sent: a view where the alignment allows one, not checked to be finite.
+
+        Raises:
+            PayloadError: the payload has another length than that of `numel` elements.
+        """
+        need_bytes(payload, self.payload_bytes(torch.Size((numel,))), type(self).__name__)
+        return plane(payload, 0, numel, self.dtype)
 
     def encode_with_feedback(self, gradient: Tensor, memory: Tensor, next_memory: Tensor, draw: Draw) -> Tensor:
         torch.add(gradient, memory, out=next_memory)
@@ -37,7 +49,7 @@ class _Cast(Compressor):
         return payload
 
 
-class Dense(_Cast):
+class Dense(Cast):
     """Every element as fp32: nothing is lost and nothing is saved."""
 
     kind: Literal["none"] = "none"
@@ -47,7 +59,7 @@ class Dense(_Cast):
         return 1.0
 
 
-class BF16(_Cast):
+class BF16(Cast):
     """Every element rounded to bf16: half the bytes, the range of fp32, 8 significant bits."""
 
     kind: Literal["bf16"] = "bf16"
@@ -58,7 +70,7 @@ class BF16(_Cast):
         return 1.0 - 2.0**-16
 
 
-class FP16(_Cast):
+class FP16(Cast):
     """Every element rounded to fp16: half the bytes, 11 significant bits, a narrow range.
 
     Magnitudes above 65504 are sent as 65504, and below 2^-25 (3e-8) as zero: use it with error feedback, which sends

@@ -74,6 +74,10 @@ class Sign(Compressor):
         bits, scales = self.checked_planes(payload, shape.numel())
         return dequantize_sign(bits, scales, block=self.block, numel=shape.numel())
 
+    def decode_into(self, payload: Tensor, out: Tensor, draw: Draw) -> None:
+        bits, scales = self.checked_planes(payload, out.numel())
+        dequantize_sign(bits, scales, block=self.block, numel=out.numel(), out=out)
+
     def encode_with_feedback(self, gradient: Tensor, memory: Tensor, next_memory: Tensor, draw: Draw) -> Tensor:
         payload, bits, scales = self._new_payload(gradient)
         quantize_sign_with_feedback(
