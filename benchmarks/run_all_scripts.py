@@ -33,7 +33,7 @@ SCRIPTS = (
     Script(
         "time_to_loss",
         ("--keep", RUNS, "--rates", "100mbit", "--timed", "3", "--only", *FITTING),
-        1100,
+        1050,
         ("--keep", RUNS, "--rates", "100mbit", "--timed", "3", "--only", "low rank 16", "PowerSGD"),
         110,
         plots=True,
@@ -79,7 +79,7 @@ SCRIPTS = (
     Script(
         "gossip_straggler",
         ("--hosts", "4", "--steps", "10", "--gossip-steps", "40", "--timed", "1", "--step", "0.2", "--only", "AD-PSGD"),
-        135,
+        185,
         plots=True,
     ),
     Script("gossip_mix", ONE_THREAD, 20, ONE_THREAD_QUICK, 15),

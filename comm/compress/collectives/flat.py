@@ -25,6 +25,17 @@ def as_one(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((end - first.storage_offset(),), (1,))
 
 
+def destination(targets: Sequence[Tensor], sources: Sequence[Tensor], flat: Tensor) -> Tensor:
+    """Where to write what the targets shall be; copy_back() does the rest.
+
+    Their flat view, if they have one; otherwise `flat`, which joined(sources) gave, if that is a copy; or new memory.
+    """
+    view = as_one(targets)
+    if view is not None:
+        return view
+    return flat if as_one(sources) is None else torch.empty_like(flat)
+
+
 def split_like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The inverse of joined(): a flat view of the part of each tensor."""
     return list(flat.split([x.numel() for x in tensors]))

@@ -21,7 +21,7 @@ from thinwire.comm.compress.collectives.contribution import (
     nothing,
     slot_bytes,
 )
-from thinwire.comm.compress.collectives.flat import as_one, copy_back, joined, split_like
+from thinwire.comm.compress.collectives.flat import copy_back, destination, joined, split_like
 from thinwire.comm.compress.collectives.owner_errors import OwnerErrors
 from thinwire.comm.compress.collectives.reduce import mean_of_payloads
 from thinwire.comm.compress.compressor import Compressor
@@ -89,9 +89,7 @@ class TwoShot:
             fill_with_nan(job.outputs)
             return None
 
-        result = as_one(job.outputs)
-        if result is None:
-            result = torch.empty_like(flat) if as_one(job.inputs) is not None else flat
+        result = destination(job.outputs, job.inputs, flat)
         for owner, (message, part) in enumerate(zip(means, result.split(splits), strict=True)):
             decode_into(self.compressor, message.sections[0], part, _of_mean(draws[owner]), sender=owner)
         copy_back(result, job.outputs)
@@ -207,9 +205,7 @@ def _join_memories(job: Job, splits: Sequence[int]) -> tuple[Tensor | None, list
     """The flat tensor that receives the next memories, and (memory, next_memory) of every slice."""
     if job.memories is None:
         return None, None
-    before = [before for before, _ in job.memories]
+    before, after = zip(*job.memories, strict=True)
     memory = joined(before)
-    next_flat = as_one([after for _, after in job.memories])
-    if next_flat is None:  # a joined copy may be written over
-        next_flat = memory if as_one(before) is None else torch.empty_like(memory)
+    next_flat = destination(after, before, memory)
     return next_flat, list(zip(memory.split(splits), next_flat.split(splits), strict=True))
