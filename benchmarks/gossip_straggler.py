@@ -187,7 +187,7 @@ def draw(curves: dict[tuple[int, str], list[tuple[float, float]]], options: Any)
     for axes, hosts in zip(panels[0], options.hosts, strict=True):
         for (of, label), curve in curves.items():
             if of == hosts:
-                axes.plot(*zip(*curve, strict=True), label=label)
+                axes.plot(*zip(*curve, strict=True), "o-", markersize=3, label=label)  # a short run has one point
         axes.set_xscale("log")
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("validation loss of the average, nats per byte")

@@ -46,7 +46,7 @@ PROBES = RESULTS / "probes" / "recommendation"
 
 @dataclass(frozen=True)
 class Measured:
-    """A way. first: of the first pass. step_s: by rate, one of each pass."""
+    """A way. first: of the first pass. step_s: by rate, one of each pass in which it was timed."""
 
     first: Result
     step_s: Mapping[float, Sequence[float]]
@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="FILE", default=KEPT, help="file of the runs that are there")
     parser.add_argument("--probes", type=Path, metavar="FOLDER", default=PROBES, help="where the probes are")
     options = parser.parse_args()
+    if options.passes < 1:
+        parser.error(f"--passes is {options.passes}; it must be 1 or more")
     rates = sorted((parse_rate(rate) for rate in options.rates), reverse=True)
     ways = [w for w in WAYS if w is WAYS[0] or not options.only or any(part in w.label for part in options.only)]
     if not options.keep.exists():

@@ -4,8 +4,8 @@
 
 Each script runs with arguments that keep it short, and is stopped when it takes longer than its limit and what the
 scripts before it have left of theirs (the limits together are the hour); what the README cites was measured with the
-arguments that stand there. Of each, the folder gets the JSON, the plot and the output; at
-the end a table says which claim was measured in how many seconds, and what failed.
+arguments that stand there. Of each, the folder gets the JSON, the plot and the output; at the end a table says which
+claim was measured in how many seconds, and what failed.
 """
 
 from __future__ import annotations

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from memory import Memory
 from ranks import Rank, run_ranks
 from worlds import close_world, small_settings, thread_world
 
 from thinwire.comm.same_weights import weights_digest
 from thinwire.dist.config import load_config
-from thinwire.dist.metrics import Record
 from thinwire.dist.train import Trainer
 
 PROGRAM = Path(__file__).with_name("adapters_program.py")
@@ -26,17 +26,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "compress": {"kind": "compress", "compressor": {"kind": "lowrank", "rank": 2}, "dense_below": 64},
     "local_sgd": {"kind": "local_sgd", "every": 2, "outer": "nesterov"},
 }
-
-
-class Memory:
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def write(self, record: Record) -> None:
-        self.losses.append(record["loss"])
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +53,9 @@ def own(cases: dict[str, Path]) -> dict[str, tuple[list[float], str]]:
                 trainer = Trainer(load_config(path), world)
                 memory = Memory()
                 trainer.run([memory])
-                return memory.losses, weights_digest(dict(trainer.engine.network.named_parameters())).hex()
+                return [record["loss"] for record in memory.records], weights_digest(
+                    dict(trainer.engine.network.named_parameters())
+                ).hex()
             finally:
                 close_world(world)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory import Memory
 from torch.distributed.tensor import DTensor
 from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, small_config, torch_world
@@ -28,17 +29,6 @@ MODEL = (
 TRAIN = "train={steps: 3, global_batch: 8, eval_windows: 0, clip_norm: 0}"
 BASE = (MODEL, TRAIN, "optimizer={kind: sgd, lr: 0.1}")
 PARTITION = "method={kind: partition, preset: zero3}"
-
-
-class Memory:
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
 
 
 class Trained:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from memory import Memory
 from ranks import Rank, run_ranks
 from torch import Tensor
 from worlds import close_world, small_config, thread_world
@@ -20,17 +21,6 @@ from thinwire.dist.train import Trainer
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TOPK = "{kind: topk, density: 0.05, values: int8}"
-
-
-class Memory:
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
 
 
 class Trained:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory import Memory
 from ranks import Rank, run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,6 @@ from thinwire.comm.expert_parallel.exchange import ExpertExchange
 from thinwire.comm.expert_parallel.gradients import ExpertGradients
 from thinwire.dist.config import ConfigError, RunConfig
 from thinwire.dist.engine.expert_parallel import ExpertParallelEngine
-from thinwire.dist.metrics import Record
 from thinwire.dist.models.experts import Experts
 from thinwire.dist.models.router import Router
 from thinwire.dist.train import Trainer
@@ -128,20 +128,15 @@ class Trained:
     """A rank's run. weights: as in its checkpoint, whole."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.records: list[Record] = []
+        memory = Memory()
         self.resumed = trainer.state.resumed
         self.held = [p.shape[0] for n, p in trainer.engine.network.named_parameters() if ".experts." in n]
         self.is_spread = isinstance(trainer.engine, ExpertParallelEngine)
-        trainer.run([self])
+        trainer.run([memory])
+        self.records = memory.records
         state = trainer.engine.shared_state()["model"]
         self.weights = {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in state.items()}
         self.numbers = [(record["loss"], record["grad_norm"]) for record in self.records]
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
 
 
 def train(config: RunConfig, sizes: Sequence[int] = (1,)) -> list[Trained]:

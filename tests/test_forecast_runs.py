@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import Memory
 from metered import foretold
 from ranks import Rank, run_ranks
 from torch import nn
@@ -26,19 +27,6 @@ from thinwire.dist.train import Trainer
 from thinwire.dist.zeroth_order import ZerothOrderTrainer
 
 
-class Kept:
-    """A sink, and the trainer that fills it."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
-
-
 def small(name: str, folder: Path, *overrides: str) -> RunConfig:
     """A run of configs/, with its method and its settings, of a small model on a small text."""
     text = [
@@ -54,13 +42,13 @@ def small(name: str, folder: Path, *overrides: str) -> RunConfig:
 
 
 def run_all(config: RunConfig, world: Any) -> list[Record]:
-    kept = Kept()
+    memory = Memory()
     trainers = {"gossip": GossipTrainer, "onebyte": ZerothOrderTrainer}
     try:
-        trainers.get(config.method.kind, Trainer)(config, world).run([kept])  # type: ignore[attr-defined]
+        trainers.get(config.method.kind, Trainer)(config, world).run([memory])  # type: ignore[attr-defined]
     finally:
         close_world(world)
-    return kept.records
+    return memory.records
 
 
 EXPERTS = ("model.experts=4", "model.expert_width=16")

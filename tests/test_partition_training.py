@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from memory import Memory
 from ranks import Rank, run_ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -14,7 +15,6 @@ from torch_threads import TorchRank, run_torch_ranks
 from worlds import close_world, small_config, thread_world, torch_world
 
 from thinwire.dist.config import ConfigError, RunConfig
-from thinwire.dist.metrics import Record
 from thinwire.dist.train import Trainer
 
 TWO_LEVELS = "method={kind: partition, params: node, grads: node, optim: world}"
@@ -23,17 +23,6 @@ QUANTISED = (
     "gradients: {node: {kind: int8, rounding: stochastic}, world: {kind: int4, rounding: stochastic, feedback: true}}, "
     "update: {kind: difference, bits: 4}}"
 )
-
-
-class Memory:
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
 
 
 class Trained:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gossip_posts import place_for
+from memory import Memory
 from ranks import Rank, run_ranks
 from worlds import close_world, small_config, small_config_file, thread_world
 
@@ -48,17 +49,6 @@ def test_a_step_report_tells_losses_times_and_wishes_in_16_bytes() -> None:
         assert (report.non_finite_ranks, report.stopping_ranks) == ((1,), (2,))  # rank 2 waited 0 s, which has a sign
         assert (report.computed_s, report.waited_s) == ((0.0, 0.5, 1.0), (0.25, 0.0, 0.0))
         assert report.record()["compute_ms_by_rank"] == [0.0, 500.0, 1000.0]
-
-
-class Memory:
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
 
 
 def test_records_name_operations_and_every_ranks_times(tmp_path: Path) -> None:

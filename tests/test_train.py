@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory import Memory
 from ranks import Rank, run_ranks, run_ranks_to_the_end
 from worlds import close_world, small_config, thread_world
 
@@ -21,22 +22,6 @@ from thinwire.dist.preflight import PreflightError
 from thinwire.dist.step_reports import NonFiniteError
 from thinwire.dist.stop import StopRequest
 from thinwire.dist.train import Outcome, Trainer
-
-
-class Memory:
-    """A sink that keeps the records, and may ask to stop at one."""
-
-    def __init__(self, stop: StopRequest | None = None, at_step: int = 0) -> None:
-        self.records: list[Record] = []
-        self._stop, self._at_step = stop, at_step
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-        if self._stop is not None and record["step"] == self._at_step:
-            self._stop.reason = "SIGTERM"
-
-    def close(self) -> None:
-        pass
 
 
 class Trained:

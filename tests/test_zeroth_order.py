@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from memory import Memory
 from ranks import Rank, run_ranks, run_ranks_to_the_end
 from safetensors.torch import load_file
 from worlds import close_world, small_settings, small_text, thread_world
@@ -40,22 +41,6 @@ def settings_of(folder: Path, **changes: Any) -> dict[str, Any]:
 def config_of(folder: Path, *, steps: int = 6, **changes: Any) -> RunConfig:
     train = {"steps": steps, "global_batch": 12, "eval_windows": 10, "eval_batch": 3}
     return RunConfig.model_validate_json(json.dumps(settings_of(folder, **({"train": train} | changes))), strict=True)
-
-
-class Memory:
-    """A sink that keeps the records, and may ask to stop at one."""
-
-    def __init__(self, stop: StopRequest, at_step: int) -> None:
-        self.records: list[Record] = []
-        self._stop, self._at_step = stop, at_step
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-        if record["step"] == self._at_step:
-            self._stop.reason = "SIGTERM"
-
-    def close(self) -> None:
-        pass
 
 
 class Trained:
